@@ -1,0 +1,215 @@
+"""Where new clusters come from, and the dirty period around them (NEED_CHECK).
+
+    file:  | header, tables, data ...            | grown, fresh |
+                                                 ^ bounds.end   ^ _grown
+
+I1. Clusters come from the end of the file, which grows in steps by truncation: what was never handed out reads
+    as zeros ("fresh").  The file always covers every cluster that was handed out.
+I2. Clusters given back after a failed request are handed out again, but are not fresh.
+I3. The dirty period: NEED_CHECK is durable before the first metadata change, and is cleared only when everything
+    is durable and nothing is in flight; new allocations wait until the cleared header is durable too.
+I4. Once a metadata write or a flush has failed, NEED_CHECK stays: the next writable open repairs.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Callable, NamedTuple
+
+from .errors import QEDError, StorageError
+from .geometry import MiB, Bounds, Geometry
+from .header import FEATURE_NEED_CHECK, HeaderUpdater
+from .locks import Rank, ranked_condition, ranked_lock
+from .storage import Storage
+
+GROWTH_STEP = 16 * MiB  # one truncation, hence one journalled size, serves this much allocation
+IDLE_SECONDS = 5.0  # QEMU's delay between the last allocation and the clean header
+
+
+class Extent(NamedTuple):
+    """Contiguous clusters in the file."""
+
+    offset: int  # bytes
+    n: int  # clusters
+    fresh: bool  # reads as zeros
+
+
+class Allocator:
+    """Hands out clusters.  Moves bounds.end; its lock protects everything here."""
+
+    def __init__(self, storage: Storage, geometry: Geometry, bounds: Bounds) -> None:
+        self._storage = storage
+        self._geometry = geometry
+        self._bounds = bounds
+        self._lock = ranked_lock(Rank.ALLOCATOR)
+        self._grown = 0  # bytes: length of the file since it was first grown; 0 before
+        self._released: list[Extent] = []
+
+    def allocate(self, n: int) -> Extent:
+        """n contiguous clusters, which nothing points at.  Raises StorageError (ENOSPC, EFBIG)."""
+        size = n * self._geometry.cluster_size
+        with self._lock:
+            for i, spare in enumerate(self._released):
+                if spare.n >= n:
+                    self._released[i] = Extent(spare.offset + size, spare.n - n, False)
+                    if spare.n == n:
+                        del self._released[i]
+                    return Extent(spare.offset, n, False)
+            offset = self._bounds.end
+            if offset + size > self._grown:
+                self._grow(offset, offset + size)
+            self._bounds.end = offset + size
+            return Extent(offset, n, True)
+
+    def release(self, extent: Extent) -> None:
+        """Take back clusters that were never linked, neither in memory nor on disk."""
+        with self._lock:
+            self._released.append(extent._replace(fresh=False))
+
+    def _grow(self, end: int, wanted: int) -> None:
+        if not self._grown and self._storage.size() > end:
+            # A partial last cluster holds leftovers of an interrupted append: let it read as zeros (I1).
+            self._storage.truncate(end)
+        try:
+            self._storage.truncate(wanted + GROWTH_STEP)
+            self._grown = wanted + GROWTH_STEP
+        except StorageError:  # over a limit, perhaps only by the step
+            self._storage.truncate(wanted)
+            self._grown = wanted
+
+    def trim_tail(self) -> None:
+        """Give the unused tail back.  Nothing may be in flight.  Raises StorageError."""
+        with self._lock:
+            for spare in sorted(self._released, reverse=True):
+                if spare.offset + spare.n * self._geometry.cluster_size == self._bounds.end:
+                    self._bounds.end = spare.offset
+                    self._released.remove(spare)
+            if self._grown:
+                self._storage.truncate(self._bounds.end)
+                self._grown = self._bounds.end
+
+
+class NeedCheckGate:
+    """The dirty period (I3, I4).  Every allocating request runs inside `with gate:`.
+
+    The condition protects all fields; it is not held across I/O: `_changing` keeps the others waiting instead.
+    `clock` counts seconds.
+    """
+
+    def __init__(
+        self, storage: Storage, header: HeaderUpdater, allocator: Allocator, clock: Callable[[], float]
+    ) -> None:
+        self._storage = storage
+        self._header = header
+        self._allocator = allocator
+        self._clock = clock
+        self._cond = ranked_condition(Rank.GATE)
+        self._dirty = header.header.need_check  # NEED_CHECK is set and durable
+        self._changing = False  # a thread is setting or clearing it
+        self._in_flight = 0  # allocating requests
+        self._failed = False  # I4
+        self._last_use = clock()  # seconds
+        self._closed = False
+        self._timer: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        cond = self._cond
+        with cond:
+            while self._changing:
+                cond.wait()
+            self._in_flight += 1
+            if self._dirty:
+                return
+            self._changing = True
+        try:
+            self._header.set_features(set=FEATURE_NEED_CHECK)
+            # Durable before any metadata change: else a crash could leave changed tables in an image that looks
+            # clean, and the next allocation would reuse what they point at.
+            self._storage.flush()
+        except BaseException:
+            self._settle(dirty=False, finished=1)
+            raise
+        self._settle(dirty=True)
+
+    def __exit__(self, *_: object) -> None:
+        with self._cond:
+            self._in_flight -= 1
+            self._last_use = self._clock()
+
+    def _settle(self, dirty: bool, finished: int = 0) -> None:
+        with self._cond:
+            self._dirty = dirty
+            self._changing = False
+            self._in_flight -= finished
+            self._last_use = self._clock()
+            self._cond.notify_all()
+
+    def fail(self) -> None:
+        """A metadata write failed, or an image is damaged: keep NEED_CHECK until it was repaired (I4)."""
+        with self._cond:
+            self._failed = True
+
+    def settled(self) -> None:
+        """The flag on disk was cleared, durably, by the repair at open."""
+        self._settle(dirty=False)
+
+    def clear(self, idle: float = 0.0) -> bool:
+        """Clear NEED_CHECK if nothing was allocated for `idle` seconds; True if it was cleared.
+
+        Raises StorageError; NEED_CHECK then stays on disk, or is set again by the next allocation.
+        """
+        with self._cond:
+            if not self._dirty or self._changing or self._in_flight or self._failed:
+                return False
+            if self._clock() - self._last_use < idle:
+                return False
+            self._changing = True
+        try:
+            self._allocator.trim_tail()
+            self._storage.flush()  # everything that the flag stands for, before the flag
+        except BaseException:
+            with self._cond:
+                self._failed = True
+            self._settle(dirty=True)
+            raise
+        try:
+            self._header.set_features(clear=FEATURE_NEED_CHECK)
+            # Durable before the next allocation may set it again: else the set could be lost and the clear kept.
+            self._storage.flush()
+        finally:
+            self._settle(dirty=False)  # after an error the state on disk is unknown: the next period sets it
+        return True
+
+    def start_timer(self, report: Callable[[QEDError], None]) -> None:
+        """Start the thread that ends idle dirty periods; `report` is told of its errors.  After any fork."""
+        assert self._timer is None
+        self._timer = threading.Thread(target=self._run_timer, args=(report,), name="need-check", daemon=True)
+        self._timer.start()
+
+    def _run_timer(self, report: Callable[[QEDError], None]) -> None:
+        while True:
+            with self._cond:
+                if self._closed:
+                    return
+                if not self._dirty or self._failed:
+                    self._cond.wait()
+                    continue
+                # Not woken by each allocation: it looks again when the oldest possible deadline is over.
+                remaining = self._last_use + IDLE_SECONDS - self._clock()
+                if self._in_flight or self._changing or remaining > 0:
+                    self._cond.wait(max(remaining, 0.1))
+                    continue
+            try:
+                self.clear(IDLE_SECONDS)
+            except QEDError as error:
+                report(error)
+
+    def close(self) -> None:
+        """End the dirty period for good.  Nothing may be in flight.  Raises StorageError (NEED_CHECK then stays)."""
+        with self._cond:
+            self._closed = True
+            self._cond.notify_all()
+        if self._timer is not None:
+            self._timer.join()
+            self._timer = None
+        self.clear()

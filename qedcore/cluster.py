@@ -1,0 +1,184 @@
+"""Where a guest position lives: find_cluster over the L1 table and the cached L2 tables.
+
+I1. Entries are published (stored in memory) only when they are on disk, so lookups take no lock.
+I2. L1 entries are changed under the L1 lock and the lock of their L2 table, L2 entries under the latter.
+I3. A table whose last write failed is read again before it is believed: what is on disk decides.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from .errors import CorruptImageError, StorageError
+from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
+from .l2_cache import L2Cache
+from .locks import KeyedLocks, Rank, ranked_lock
+from .table import Table, TableIO, empty
+
+
+class Kind(enum.IntEnum):
+    """What a run of clusters is; the numbers are those of QEMU's traces."""
+
+    FOUND = 0  # data, physically contiguous
+    ZERO = 1  # zero clusters
+    L2 = 2  # no data clusters
+    L1 = 3  # not even an L2 table
+
+
+# In module scope: an enum member as a class attribute costs a look-up in hot code.
+FOUND, ZERO, NO_CLUSTER, NO_TABLE = Kind.FOUND, Kind.ZERO, Kind.L2, Kind.L1
+
+
+class ClusterMap:
+    """The L1 table, resident as far as the device reaches, and the way to the L2 tables."""
+
+    def __init__(
+        self, tables: TableIO, cache: L2Cache, geometry: Geometry, bounds: Bounds, l1_offset: int, image_size: int
+    ) -> None:
+        self.geometry = geometry
+        self.bounds = bounds
+        self.tables = tables
+        self.cache = cache
+        self.l1_offset = l1_offset  # bytes
+        self.l1: Table = tables.read(l1_offset, geometry.l1_entries(image_size))  # as far as the device reaches
+        self.l1_lock = ranked_lock(Rank.L1)
+        self.table_locks = KeyedLocks(Rank.L2_TABLE)  # keyed by L1 index: a missing table has no offset yet
+        self._doubtful_l1: set[int] = set()  # indexes whose last write failed (I3)
+
+    def reload(self) -> None:
+        """Read the tables again, after a repair on disk.  No request is in flight."""
+        self.l1 = self.tables.read(self.l1_offset, len(self.l1))
+        self.cache.clear()
+
+    def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
+        """The run at pos: (kind, file offset of pos's byte or 0, bytes up to `length`).  length > 0.
+
+        A run ends where the kind or the physical order changes, and at the end of the slice.  The caller has
+        checked that the range is inside the device.  Raises CorruptImageError and StorageError.
+        """
+        geo = self.geometry
+        length = min(length, (((pos >> geo.slice_shift) + 1) << geo.slice_shift) - pos)
+        table = self.slice_at(pos)
+        if table is None:
+            return NO_TABLE, 0, length
+        index = (pos >> geo.l2_shift) & geo.slice_mask
+        into = pos & geo.cluster_mask
+        last = index + geo.clusters(into + length)
+        first = table[index]
+        if first > ZERO_CLUSTER:
+            self._check_entry(first, pos)
+            expected = first
+            for i in range(index + 1, last):
+                expected += geo.cluster_size
+                if table[i] != expected:
+                    last = i
+                    break
+            if expected >= self.bounds.end:
+                # Only as far as the file goes; the next lookup reports the entry that is outside.
+                last = min(last, index + (self.bounds.end - first) // geo.cluster_size)
+            return FOUND, first + into, min(length, ((last - index) << geo.l2_shift) - into)
+        for i in range(index + 1, last):
+            if table[i] != first:
+                last = i
+                break
+        kind = NO_CLUSTER if first == UNALLOCATED else ZERO
+        return kind, 0, min(length, ((last - index) << geo.l2_shift) - into)
+
+    def slice_at(self, pos: int) -> Table | None:
+        """The slice that maps pos; None where there is no L2 table.  Raises like lookup."""
+        slice_index = pos >> self.geometry.slice_shift
+        table: Table | None = self.cache.slices.get(slice_index)
+        if table is not None:
+            self.cache.touch(slice_index)
+            return table
+        offset = self.l2_offset(pos)
+        if not offset:
+            return None
+        return self.cache.load(slice_index, offset + self.geometry.slice_offset(pos))
+
+    def l2_offset(self, pos: int) -> int:
+        """File offset of the L2 table that maps pos, 0 without one.  Raises CorruptImageError, StorageError."""
+        index = pos >> self.geometry.l1_shift
+        if self._doubtful_l1 and index in self._doubtful_l1:
+            self._read_l1_again(index)
+        offset = self.l1[index]
+        if offset and not self.bounds.valid_table(offset):
+            raise CorruptImageError(
+                f"L1 entry {index} at {self.l1_offset + index * ENTRY:#x} points to {offset:#x}: "
+                f"not a table on clusters from {self.bounds.start:#x} to {self.bounds.end:#x}"
+            )
+        return offset
+
+    def _check_entry(self, offset: int, pos: int) -> None:
+        if self.bounds.valid_cluster(offset):
+            return
+        geo = self.geometry
+        index = (pos >> geo.l2_shift) & (geo.table_entries - 1)
+        at = self.l1[pos >> geo.l1_shift] + index * ENTRY
+        raise CorruptImageError(
+            f"L2 entry {index} at {at:#x} points to {offset:#x}: "
+            f"not a cluster from {self.bounds.start:#x} to {self.bounds.end:#x}"
+        )
+
+    def link(self, pos: int, entries: Table) -> None:
+        """Write `entries` for the clusters from pos on, then publish them.  Existing table; its lock is held.
+
+        After a failed write the slice is read again before its next use (I3).
+        """
+        geo = self.geometry
+        table = self.slice_at(pos)
+        assert table is not None
+        index = (pos >> geo.l2_shift) & geo.slice_mask
+        try:
+            self.write_l2(self.l2_offset(pos) + geo.slice_offset(pos), table, index, entries)
+        except StorageError:
+            self.cache.discard(pos >> geo.slice_shift)
+            raise
+        table[index : index + len(entries)] = entries
+
+    def write_new_table(self, pos: int, entries: Table, offset: int, fresh: bool) -> Table:
+        """Write a new L2 table at file offset `offset`, with `entries` for the clusters from pos on.
+
+        Nothing points at it yet.  Returns its slice for link_table.  Table lock held.
+        """
+        geo = self.geometry
+        table = empty(geo.slice_entries)
+        index = (pos >> geo.l2_shift) & geo.slice_mask
+        at = offset + geo.slice_offset(pos)
+        if fresh:  # the rest of the table reads as zeros already
+            self.write_l2(at, table, index, entries)
+            table[index : index + len(entries)] = entries
+            return table
+        table[index : index + len(entries)] = entries
+        for part in range(offset, offset + geo.table_bytes, geo.slice_bytes):
+            content = table if part == at else empty(geo.slice_entries)
+            self.write_l2(part, content, 0, content)
+        return table
+
+    def link_table(self, pos: int, table: Table, offset: int) -> None:
+        """Point the L1 table at the L2 table at `offset`, which is durable; publish.  Table lock held."""
+        geo = self.geometry
+        index = pos >> geo.l1_shift
+        with self.l1_lock:
+            entry = empty(1)
+            entry[0] = offset
+            try:
+                self.write_l1(index, entry)
+            except StorageError:
+                self._doubtful_l1.add(index)
+                raise
+            # The slice first: a reader that sees the L1 entry finds the table in the cache.
+            self.cache.add(pos >> geo.slice_shift, table)
+            self.l1[index] = offset
+
+    def write_l2(self, offset: int, table: Table, index: int, entries: Table) -> None:
+        self.tables.write(offset, table, index, entries)
+
+    def write_l1(self, index: int, entries: Table) -> None:
+        self.tables.write(self.l1_offset, self.l1, index, entries)
+
+    def _read_l1_again(self, index: int) -> None:
+        with self.l1_lock:
+            if index in self._doubtful_l1:
+                self.l1[index] = self.tables.read(self.l1_offset + index * ENTRY, 1)[0]
+                self._doubtful_l1.discard(index)

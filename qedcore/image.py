@@ -1,0 +1,174 @@
+"""QEDImage: the parts of one image put together, and its life from open to close.  No I/O logic.
+
+I1. Nothing in the file changes before start(): opening only reads.
+I2. No request is in flight during start() or close(); the caller sees to it (nbdkit does).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Callable, NamedTuple
+
+from .alloc import Allocator, NeedCheckGate
+from .check import repair_after_crash
+from .cluster import ClusterMap, Kind
+from .errors import ImageFormatError
+from .geometry import MiB
+from .header import Header, HeaderUpdater, read_backing_name, read_header
+from .l2_cache import L2Cache
+from .locks import Rank, ranked_lock
+from .request import ClosedRequests, Requests, Source, WritableRequests
+from .storage import ReadBuffer, Storage, WriteBuffer
+from .table import TableIO
+
+DEFAULT_L2_CACHE = 8 * MiB  # bytes: the tables of 64 GiB at the default geometry
+
+
+class Parts(NamedTuple):
+    """The classes an image is made of; instrument.py has traced ones."""
+
+    storage: Callable[[Storage], Storage] = lambda storage: storage
+    cache: type[L2Cache] = L2Cache
+    clusters: type[ClusterMap] = ClusterMap
+    gate: type[NeedCheckGate] = NeedCheckGate
+    requests: type[Requests] = Requests
+    writable_requests: type[WritableRequests] = WritableRequests
+
+
+class QEDImage:
+    """An open image.  It owns `storage` and closes it with itself, also when opening fails.
+
+    Any number of threads may use it at once.  Every method raises QEDError or a child of it.
+    `l2_cache` is in bytes, `clock` counts seconds, `log` takes one-line notices.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        writable: bool,
+        *,
+        writethrough: bool = False,
+        l2_cache: int = DEFAULT_L2_CACHE,
+        parts: Parts = Parts(),
+        clock: Callable[[], float] = time.monotonic,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.storage = storage = parts.storage(storage)
+        self.writable = writable
+        self.backing: Source | None = None
+        self._writethrough = writethrough
+        self._log = log
+        self._lifecycle = ranked_lock(Rank.LIFECYCLE)  # protects _closed
+        self._closed = False
+        try:
+            header, self.geometry, self._bounds = read_header(storage)
+            self.backing_name = read_backing_name(storage, header)
+            self._header = HeaderUpdater(storage, header)
+            self._tables = TableIO(storage)
+            cache = parts.cache(self._tables, self.geometry.slice_entries, l2_cache)
+            self._clusters = parts.clusters(
+                self._tables, cache, self.geometry, self._bounds, header.l1_table_offset, header.image_size
+            )
+            self.size = header.image_size  # bytes
+            self._requests: Requests
+            self._gate: NeedCheckGate | None = None
+            if writable:
+                if header.l1_table_offset == 0:
+                    raise ImageFormatError("the L1 table at 0x0 overlaps the header: such an image is read-only")
+                allocator = Allocator(storage, self.geometry, self._bounds)
+                self._gate = parts.gate(storage, self._header, allocator, clock)
+                self._requests = parts.writable_requests(storage, self._clusters, self.size, allocator, self._gate)
+            else:
+                self._requests = parts.requests(storage, self._clusters, self.size)
+        except BaseException:
+            storage.close()
+            raise
+
+    @property
+    def header(self) -> Header:
+        return self._header.header
+
+    def start(self, backing: Source | None = None) -> None:
+        """Begin to serve: attach the backing file; if writable, clear stale autoclear bits and repair."""
+        self.backing = self._requests.backing = backing
+        if self._gate is None:
+            return
+        if self._header.clear_unknown_autoclear():
+            self._log(f"{self.storage.name}: cleared autoclear features of another program")
+        if self.header.need_check:
+            self._repair(self._gate)
+
+    def _repair(self, gate: NeedCheckGate) -> None:
+        whole, report = repair_after_crash(
+            self.storage, self._header, self._tables, self.geometry, self._bounds
+        )
+        self._clusters.reload()
+        name = self.storage.name
+        self._log(f"{name}: was not closed cleanly: checked, {len(report) or 'no'} findings")
+        for line in report:
+            self._log(f"{name}: {line}")
+        if whole:
+            gate.settled()
+        else:
+            gate.fail()
+            self._log(f"{name}: damage is left: shared clusters change together; check the image")
+
+    def start_timer(self) -> None:
+        """Clear NEED_CHECK when allocations pause, from a thread: call it after any fork."""
+        if self._gate is not None:
+            self._gate.start_timer(lambda error: self._log(str(error)))
+
+    def pread_into(self, buf: WriteBuffer, pos: int) -> None:
+        """Fill `buf` (bytes, writable) from guest position `pos`."""
+        self._requests.pread_into(buf, pos)
+
+    def pread(self, length: int, pos: int) -> bytes:
+        """`length` bytes from guest position `pos`."""
+        buf = bytearray(length)
+        self._requests.pread_into(buf, pos)
+        return bytes(buf)
+
+    def pwrite(self, buf: ReadBuffer, pos: int, fua: bool = False) -> None:
+        """Write `buf` (bytes) to guest position `pos`; with `fua` it is on stable storage on return."""
+        self._requests.pwrite(buf, pos)
+        if fua or self._writethrough:
+            self.storage.flush()
+
+    def zero(self, pos: int, length: int, fua: bool = False) -> None:
+        """Make `length` bytes at guest position `pos` read as zeros."""
+        self._requests.zero(pos, length)
+        if fua or self._writethrough:
+            self.storage.flush()
+
+    def flush(self) -> None:
+        """Everything completed before this call is on stable storage on return."""
+        self.storage.flush()
+
+    def extents(self, pos: int, length: int) -> list[tuple[int, Kind]]:
+        """(bytes, FOUND or ZERO) of the runs of a range, through the whole backing chain."""
+        return self._requests.extents(pos, length)
+
+    def close(self) -> None:
+        """Flush, clear NEED_CHECK, close this image and its backing chain.  A second call does nothing.
+
+        Raises StorageError if something could not be made durable; NEED_CHECK then stays set.
+        """
+        with self._lifecycle:
+            if self._closed:
+                return
+            self._closed = True
+        self._requests = ClosedRequests(self.storage, self._clusters, 0)
+        try:
+            if self._gate is not None:
+                self._gate.close()
+                self.storage.flush()
+        finally:
+            self.storage.close()
+            if self.backing is not None:
+                self.backing.close()
+
+    def __enter__(self) -> QEDImage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

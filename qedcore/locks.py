@@ -1,0 +1,105 @@
+"""Locks with ranks: a thread takes them in rising order only, so no two threads can wait for each other.
+
+The factories return plain locks of the threading module.  With QEDCORE_CHECK_LOCKS=1 in the environment
+(every test sets it) they return locks that raise LockOrderError at the first violation.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import threading
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+CHECK = os.environ.get("QEDCORE_CHECK_LOCKS") == "1"
+
+
+class Rank(enum.IntEnum):
+    """The order of DESIGN: a lock may be taken only while all locks held have lower ranks."""
+
+    LIFECYCLE = 1  # open, promote, close
+    GATE = 2  # the dirty period (NEED_CHECK)
+    L2_TABLE = 3  # one L2 table; a request never holds two
+    L1 = 4
+    ALLOCATOR = 5
+    HEADER = 6
+    CACHE = 7  # dictionaries; never held across I/O
+    STORAGE = 8  # inside one storage
+    FLUSH = 9  # who syncs next; not held across the sync
+
+
+class LockOrderError(AssertionError):
+    """A thread took locks out of order: a deadlock waiting to happen."""
+
+
+_held = threading.local()
+
+
+class RankedLock:
+    """A lock that checks the order in which its thread takes it."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+        self._lock = threading.Lock()
+        self._owner = 0  # thread identifier, 0 when free
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        stack: list[Rank] = _held.__dict__.setdefault("stack", [])
+        if stack and stack[-1] >= self.rank:
+            raise LockOrderError(f"{self.rank.name} taken while holding {[rank.name for rank in stack]}")
+        taken = self._lock.acquire(blocking, timeout)
+        if taken:
+            self._owner = threading.get_ident()
+            stack.append(self.rank)
+        return taken
+
+    def release(self) -> None:
+        _held.stack.remove(self.rank)
+        self._owner = 0
+        self._lock.release()
+
+    def _is_owned(self) -> bool:  # for threading.Condition
+        return self._owner == threading.get_ident()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def ranked_lock(rank: Rank) -> Any:
+    return RankedLock(rank) if CHECK else threading.Lock()
+
+
+def ranked_condition(rank: Rank) -> threading.Condition:
+    return threading.Condition(ranked_lock(rank))
+
+
+class KeyedLocks:
+    """A lock per key, made when wanted and dropped when nobody wants it any more."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._guard = threading.Lock()  # leaf: protects the dictionary, never held while waiting
+        self._locks: dict[int, list[Any]] = {}  # key -> [lock, number of holders and waiters]
+
+    @contextmanager
+    def hold(self, key: int) -> Iterator[None]:
+        with self._guard:
+            entry = self._locks.setdefault(key, [None, 0])
+            if entry[0] is None:
+                entry[0] = ranked_lock(self._rank)
+            entry[1] += 1
+        try:
+            with entry[0]:
+                yield
+        finally:
+            with self._guard:
+                entry[1] -= 1
+                if not entry[1]:
+                    del self._locks[key]
+
+    def __len__(self) -> int:
+        return len(self._locks)

@@ -1,0 +1,313 @@
+"""The read, write and zero state machine (the 2010 patch "qed: Read/write support", plus zero clusters).
+
+A request is cut into runs of one kind (cluster.lookup).
+
+    kind             read                 write
+    FOUND            the file             in place: no lock, no metadata
+    ZERO             zeros                allocate, filling with zeros
+    L2, L1 (nothing) the backing file     allocate, filling from the backing file
+
+An allocating write:   gate > L2 lock > look up again > allocate > data (+ head and tail) > [flush] > link
+Locks are taken in that order and held to the end of the link; the L1 lock only inside link_table.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Protocol
+
+from .alloc import Allocator, Extent, NeedCheckGate
+from .cluster import FOUND, NO_CLUSTER, NO_TABLE, ZERO, ClusterMap, Kind
+from .errors import ReadOnlyError, RequestError, ShutdownError
+from .geometry import MiB, ZERO_CLUSTER
+from .storage import ReadBuffer, Storage, WriteBuffer
+from .table import Table, contiguous
+
+_ZEROS = bytes(MiB)  # what zeros are written from, without allocating each time
+
+
+class Source(Protocol):
+    """What can be under an image: bytes to read, with a map of where they are."""
+
+    size: int  # bytes
+
+    def pread_into(self, buf: WriteBuffer, pos: int) -> None: ...
+
+    def extents(self, pos: int, length: int) -> list[tuple[int, Kind]]:
+        """(bytes, kind) of the runs from pos on; the kind is FOUND (data) or ZERO (reads as zeros)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Requests:
+    """Requests on one image.  `backing` is set before the first request and never changed after."""
+
+    def __init__(self, storage: Storage, clusters: ClusterMap, size: int) -> None:
+        self.size = size  # bytes
+        self.backing: Source | None = None
+        self._storage = storage
+        self._clusters = clusters
+        self._slices = clusters.cache.slices
+        self._touch = clusters.cache.touch
+        geometry = clusters.geometry
+        self._geometry = geometry
+        self._bounds = clusters.bounds
+        self._cluster_size = geometry.cluster_size
+        self._cluster_mask = geometry.cluster_mask
+        self._l2_shift = geometry.l2_shift
+        self._slice_shift = geometry.slice_shift
+        self._slice_mask = geometry.slice_mask
+
+    # -- reads -------------------------------------------------------------------------------------------------
+
+    def pread_into(self, buf: WriteBuffer, pos: int) -> None:
+        """Fill `buf` from guest position `pos`.  Takes no lock.  Raises RequestError, CorruptImageError, StorageError."""
+        offset = self._find_in_cluster(pos, len(buf))
+        if offset:
+            self._storage.pread_into(buf, offset)
+        else:
+            self.read(buf, pos)
+
+    def _find_in_cluster(self, pos: int, length: int) -> int:
+        """Fast path: the file offset when one allocated cluster of a cached table has it all, else 0."""
+        into = pos & self._cluster_mask
+        if into + length <= self._cluster_size and pos + length <= self.size:
+            table = self._slices.get(pos >> self._slice_shift)
+            if table is not None:
+                entry = table[(pos >> self._l2_shift) & self._slice_mask]
+                if entry > ZERO_CLUSTER and self._bounds.valid_cluster(entry):
+                    self._touch(pos >> self._slice_shift)
+                    return entry + into
+        return 0
+
+    def read(self, buf: WriteBuffer, pos: int) -> None:
+        """The general read: any number of runs."""
+        view = memoryview(buf)
+        self._check_range(pos, len(view))
+        while view:
+            kind, offset, n = self._clusters.lookup(pos, len(view))
+            self.read_run(kind, offset, view[:n], pos)
+            view = view[n:]
+            pos += n
+
+    def read_run(self, kind: Kind, offset: int, view: memoryview, pos: int) -> None:
+        if kind is FOUND:
+            self.read_data(offset, view)
+        elif kind is ZERO or self.backing is None:
+            view[:] = bytes(len(view))
+        else:
+            self.read_backing(view, pos)
+
+    def read_data(self, offset: int, view: memoryview) -> None:
+        self._storage.pread_into(view, offset)
+
+    def read_backing(self, view: memoryview, pos: int) -> None:
+        """Read the backing file; past its end there are zeros."""
+        assert self.backing is not None
+        n = min(max(self.backing.size - pos, 0), len(view))
+        if n:
+            self.backing.pread_into(view[:n], pos)
+        if n < len(view):
+            view[n:] = bytes(len(view) - n)
+
+    def extents(self, pos: int, length: int) -> list[tuple[int, Kind]]:
+        """Source.extents, through the whole chain; neighbours of one kind are joined."""
+        self._check_range(pos, length)
+        found: list[tuple[int, Kind]] = []
+        end = pos + length
+        while pos < end:
+            kind, _, n = self._clusters.lookup(pos, end - pos)
+            if kind is FOUND or kind is ZERO or self.backing is None:
+                runs = [(n, FOUND if kind is FOUND else ZERO)]
+            else:
+                below = min(max(self.backing.size - pos, 0), n)
+                runs = self.backing.extents(pos, below) if below else []
+                if below < n:
+                    runs.append((n - below, ZERO))
+            for run, what in runs:
+                if found and found[-1][1] is what:
+                    found[-1] = (found[-1][0] + run, what)
+                else:
+                    found.append((run, what))
+            pos += n
+        return found
+
+    def pwrite(self, buf: ReadBuffer, pos: int) -> None:
+        raise ReadOnlyError(f"{self._storage.name} was opened read-only")
+
+    def zero(self, pos: int, length: int) -> None:
+        raise ReadOnlyError(f"{self._storage.name} was opened read-only")
+
+    def _check_range(self, pos: int, length: int) -> None:
+        if pos < 0 or pos + length > self.size:
+            raise RequestError(f"{length} bytes at position {pos} are outside the device of {self.size} bytes")
+
+
+class WritableRequests(Requests):
+    """Requests on an image that was opened for writing."""
+
+    def __init__(
+        self, storage: Storage, clusters: ClusterMap, size: int, allocator: Allocator, gate: NeedCheckGate
+    ) -> None:
+        super().__init__(storage, clusters, size)
+        self._allocator = allocator
+        self._gate = gate
+
+    # -- writes ------------------------------------------------------------------------------------------------
+
+    def pwrite(self, buf: ReadBuffer, pos: int) -> None:
+        """Write `buf` to guest position `pos`.  In place it takes no lock.  Raises as pread_into, and ENOSPC."""
+        offset = self._find_in_cluster(pos, len(buf))
+        if offset:
+            self._storage.pwrite(buf, offset)
+        else:
+            self.write(buf, pos)
+
+    def write(self, buf: ReadBuffer, pos: int) -> None:
+        """The general write: any number of runs."""
+        view = memoryview(buf)
+        self._check_range(pos, len(view))
+        while view:
+            kind, offset, n = self._clusters.lookup(pos, len(view))
+            n = self.write_run(kind, offset, view[:n], pos)
+            view = view[n:]
+            pos += n
+
+    def write_run(self, kind: Kind, offset: int, view: memoryview, pos: int) -> int:
+        """Write one run; returns the bytes written.  0: somebody else allocated it meanwhile; look it up again."""
+        if kind is FOUND:
+            self.write_data(offset, view)
+            return len(view)
+        with self._gate, self._clusters.table_locks.hold(pos >> self._geometry.l1_shift):
+            kind, _, n = self._clusters.lookup(pos, len(view))
+            if kind is FOUND:
+                return 0
+            self._allocating_write(kind, view[:n], pos)
+            return n
+
+    def write_data(self, offset: int, view: memoryview) -> None:
+        self._storage.pwrite(view, offset)
+
+    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> None:
+        """Write a run that has no clusters yet.  Gate and L2 lock are held."""
+        geo = self._geometry
+        into = pos & geo.cluster_mask
+        n = geo.clusters(into + len(view))
+        extent = self._allocator.allocate(n)
+        try:
+            head = self.prefill(kind, pos - into, into, extent)
+            tail = self.postfill(kind, pos + len(view), (n << geo.l2_shift) - into - len(view), extent)
+            self.write_main(extent.offset + into, head, view, tail)
+        except BaseException:
+            self._allocator.release(extent)
+            raise
+        self._link(kind, pos, contiguous(extent.offset, n, geo.cluster_size), extent)
+
+    def prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
+        """The bytes of the first cluster before the request."""
+        return self._fill(kind, pos, length, extent)
+
+    def postfill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
+        """The bytes of the last cluster after the request."""
+        return self._fill(kind, pos, length, extent)
+
+    def _fill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
+        """What belongs at guest positions [pos, pos + length); nothing when that is in the file already."""
+        if kind is not ZERO and self.backing is not None and pos < self.backing.size and length:
+            data = bytearray(length)
+            self.read_backing(memoryview(data), pos)
+            return data
+        return b"" if extent.fresh else bytes(length)
+
+    def write_main(self, offset: int, head: ReadBuffer, view: memoryview, tail: ReadBuffer) -> None:
+        """One write: the data at `offset`, with what goes before and after it."""
+        if head or tail:
+            self._storage.pwritev((head, view, tail), offset - len(head))
+        else:
+            self._storage.pwrite(view, offset)
+
+    def _link(self, kind: Kind, pos: int, entries: Table, extent: Extent | None) -> None:
+        """Make the L2 table say `entries` from pos on.  `extent` holds their data, if they have any."""
+        if kind is NO_TABLE:
+            self._link_new_table(pos, entries, extent)
+            return
+        if extent is not None and (self.backing is not None or not extent.fresh):
+            # The data before the entry: a crash must not show zeros where the backing file's data was, nor what a
+            # reused cluster held before.
+            try:
+                self._storage.flush()
+            except BaseException:
+                self._allocator.release(extent)
+                raise
+        try:
+            self._clusters.link(pos, entries)
+        except BaseException:
+            self._gate.fail()  # the entry may be on disk: its clusters are neither free nor certain
+            raise
+
+    def _link_new_table(self, pos: int, entries: Table, extent: Extent | None) -> None:
+        clusters = self._clusters
+        new = None
+        try:
+            new = self._allocator.allocate(self._geometry.table_size)
+            table = clusters.write_new_table(pos, entries, new.offset, new.fresh)
+            # The table, and its data, before the L1 entry: a crash may lose all of it, not leave garbage linked.
+            self._storage.flush()
+        except BaseException:
+            for unused in (extent, new):
+                if unused is not None:
+                    self._allocator.release(unused)
+            raise
+        try:
+            clusters.link_table(pos, table, new.offset)
+        except BaseException:
+            self._gate.fail()
+            raise
+
+    # -- zeros -------------------------------------------------------------------------------------------------
+
+    def zero(self, pos: int, length: int) -> None:
+        """Make guest positions [pos, pos + length) read as zeros.  Clusters that do already are left alone."""
+        self._check_range(pos, length)
+        while length:
+            kind, offset, n = self._clusters.lookup(pos, length)
+            n = self._zero_run(kind, offset, pos, n)
+            pos += n
+            length -= n
+
+    def _zero_run(self, kind: Kind, offset: int, pos: int, n: int) -> int:
+        if kind is FOUND:
+            for done in range(0, n, len(_ZEROS)):
+                self.write_data(offset + done, memoryview(_ZEROS)[: n - done])
+            return n
+        if kind is ZERO or self.backing is None or pos >= self.backing.size:
+            return n
+        head = -pos & self._cluster_mask
+        if pos + n == self.size:  # what lies past the end of the device does not matter
+            whole = self._geometry.clusters(n - head) << self._l2_shift if n > head else 0
+        else:
+            whole = self._geometry.start_of_cluster(n - head) if n > head else 0
+        if head or not whole:
+            n = min(n, head or n, len(_ZEROS))
+            return self.write_run(kind, offset, memoryview(_ZEROS)[:n], pos)
+        with self._gate, self._clusters.table_locks.hold(pos >> self._geometry.l1_shift):
+            kind, _, n = self._clusters.lookup(pos, min(n, whole))
+            if kind in (NO_CLUSTER, NO_TABLE):
+                n_clusters = self._geometry.clusters(n)
+                self._link(kind, pos, array("Q", [ZERO_CLUSTER]) * n_clusters, None)
+                return n
+        return 0
+
+
+class ClosedRequests(Requests):
+    """What is left of an image after close()."""
+
+    def _check_range(self, pos: int, length: int) -> None:
+        raise ShutdownError(f"{self._storage.name} was closed")
+
+    def pwrite(self, buf: ReadBuffer, pos: int) -> None:
+        self._check_range(pos, len(buf))
+
+    def zero(self, pos: int, length: int) -> None:
+        self._check_range(pos, length)

@@ -1,0 +1,30 @@
+"""Sizes as people write them: 64k, 1.5G.  The suffixes count in powers of 1024, as in QEMU and nbdkit."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from .errors import RequestError
+
+_SUFFIXES = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}
+
+
+def parse_size(text: str, name: str = "size") -> int:
+    """Bytes.  Raises RequestError, naming `name`, for anything else than a number with an optional suffix."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([bkmgtpe]?)", text.lower(), re.ASCII)
+    if match is None:
+        raise RequestError(f"{name}={text} is not a size: use a number with an optional suffix k, M, G, T, P or E")
+    value = Fraction(match[1]) * 1024 ** _SUFFIXES[match[2]]
+    if value >= 2**64:
+        raise RequestError(f"{name}={text} is too large: sizes are less than 2^64 bytes")
+    return int(value)
+
+
+def format_size(size: int) -> str:
+    """A size in the largest unit that keeps it at 1 or more, with three significant digits, as qemu-img prints it."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.3g} {units[0]}"

@@ -1,0 +1,46 @@
+"""The contract between the engine and the bytes of an image, and who fulfils it.
+
+I1. I/O is positional and full-length: short reads and writes are finished here or raised, nowhere else.
+I2. Bytes past the end of the file read as zeros.
+I3. flush() returns only when everything written before the call is on stable storage; callers that
+    arrive together share one sync.
+I4. A failed sync is never forgotten: the system may have dropped the pages, so every later flush fails too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, Sequence
+
+# bytes, bytearray, memoryview, mmap: whatever the os module takes (typing.Buffer exists from 3.12 on)
+ReadBuffer = Any
+WriteBuffer = Any
+
+
+class Storage(Protocol):
+    """A file of bytes.  Every method raises StorageError with the operating system's errno."""
+
+    name: str  # for messages
+
+    def size(self) -> int:
+        """Length of the file, bytes."""
+        ...
+
+    def pread_into(self, buf: WriteBuffer, offset: int) -> None: ...
+
+    def pwrite(self, buf: ReadBuffer, offset: int) -> None: ...
+
+    def pwritev(self, bufs: Sequence[ReadBuffer], offset: int) -> None: ...
+
+    def truncate(self, size: int) -> None:
+        """Make the file `size` bytes long; bytes gained read as zeros."""
+        ...
+
+    def flush(self) -> None: ...
+
+    def identity(self) -> object:
+        """Equal for two storages of one file (finds loops in chains)."""
+        ...
+
+    def close(self) -> None:
+        """Release the file; does not flush.  A second call does nothing."""
+        ...

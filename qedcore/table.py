@@ -1,0 +1,64 @@
+"""L1 and L2 tables on disk: little-endian 64-bit entries, read in runs, written in whole sectors.
+
+In memory a table (or a slice of one) is an array('Q') in the machine's byte order.  No state, no locks:
+who writes an entry holds the lock of its table, because a sector carries its neighbours along.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from typing import TYPE_CHECKING
+
+from .geometry import ENTRY, SECTOR
+from .storage import Storage
+
+if TYPE_CHECKING:
+    Table = array[int]
+else:
+    Table = array
+
+_PER_SECTOR = SECTOR // ENTRY  # entries
+_SWAP = sys.byteorder == "big"
+
+
+def empty(entries: int) -> Table:
+    return array("Q", bytes(entries * ENTRY))
+
+
+def contiguous(offset: int, n: int, cluster_size: int) -> Table:
+    """Entries for n clusters one after the other from `offset` (bytes)."""
+    return array("Q", range(offset, offset + n * cluster_size, cluster_size))
+
+
+class TableIO:
+    """Reads and writes parts of tables."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def read(self, offset: int, entries: int) -> Table:
+        """`entries` entries from file offset `offset`.  Raises StorageError."""
+        table = empty(entries)
+        self._storage.pread_into(memoryview(table).cast("B"), offset)
+        if _SWAP:
+            table.byteswap()
+        return table
+
+    def write(self, offset: int, table: Table, index: int, entries: Table) -> None:
+        """Write `table`, which lies at `offset`, as it will be with `entries` at `index`: the touched sectors.
+
+        `table` itself is left alone; the caller publishes the entries when this has succeeded.
+        """
+        first = index - index % _PER_SECTOR
+        last = -(-(index + len(entries)) // _PER_SECTOR) * _PER_SECTOR
+        sectors = table[first:last]
+        sectors[index - first : index - first + len(entries)] = entries
+        self.write_all(offset + first * ENTRY, sectors)
+
+    def write_all(self, offset: int, table: Table) -> None:
+        """Write a whole run of entries to file offset `offset` (a multiple of a sector)."""
+        if _SWAP:
+            table = table[:]
+            table.byteswap()
+        self._storage.pwrite(memoryview(table).cast("B"), offset)
