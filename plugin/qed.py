@@ -78,6 +78,10 @@ def config(key: str, value: str) -> None:
     shared.configure(key, os.path.abspath(value) if key == "file" and value else value)
 
 
+def config_complete() -> None:
+    shared.configured()
+
+
 def get_ready() -> None:
     shared.check()
 

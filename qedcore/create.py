@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+from contextlib import suppress
 
 from .errors import ImageFormatError, RequestError, StorageError
-from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, round_up
+from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, check_device_size, round_up
 from .header import FEATURE_BACKING_FILE, FEATURE_NO_PROBE, HEADER_BYTES, MAX_BACKING_NAME, Header
 
 
@@ -29,6 +30,7 @@ def create(
     geometry = Geometry(cluster_size, table_size)
     image_size = round_up(size, SECTOR)
     geometry.check_image_size(image_size)
+    check_device_size(image_size)
     name = os.fsencode(backing_file) if backing_file else b""
     room = min(MAX_BACKING_NAME, cluster_size - HEADER_BYTES)
     if len(name) > room:
@@ -55,26 +57,22 @@ def _write_atomically(path: str, start: bytes, length: int) -> None:
     """Put a file of `length` bytes, beginning with `start`, in the place of `path`."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise StorageError(f"cannot create {path}: it exists and is not a regular file")
-    temporary = None
+    directory = os.path.dirname(path)
+    temporary = os.path.join(directory, f".qed-{secrets.token_hex(8)}")
     try:
-        fd, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", dir=os.path.dirname(path))
-        with open(fd, "wb") as file:
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(file.fileno(), 0o666 & ~umask)
+        with open(temporary, "xb") as file:
             file.write(start)
             file.truncate(length)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        temporary = None
-        directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(directory)  # the name, too
+            os.fsync(fd)  # the name, too
         finally:
-            os.close(directory)
+            os.close(fd)
     except OSError as error:
         raise StorageError(f"cannot create {path}", error) from None
     finally:
-        if temporary is not None:
+        with suppress(FileNotFoundError):
             os.unlink(temporary)

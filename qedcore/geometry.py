@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from .errors import ImageFormatError
+from .errors import ImageFormatError, UnsupportedError
 
 KiB = 1024
 MiB = 1024 * KiB
@@ -41,6 +41,12 @@ def round_up(n: int, unit: int) -> int:
 
 def _is_power_of_2(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
+
+
+def check_device_size(image_size: int) -> None:
+    """Raise UnsupportedError for devices (bytes) that NBD and the operating system cannot address."""
+    if image_size > MAX_DEVICE_SIZE:
+        raise UnsupportedError(f"image size {image_size} is too large: NBD addresses at most {MAX_DEVICE_SIZE} bytes")
 
 
 class Geometry:
@@ -93,15 +99,11 @@ class Geometry:
         return min(self.table_entries, round_up(max(reached, 1), per_sector))
 
     def check_image_size(self, image_size: int) -> None:
-        """Raise ImageFormatError unless a device of image_size bytes fits the format and NBD."""
+        """Raise ImageFormatError unless the tables can map a device of image_size bytes."""
         if image_size % SECTOR or image_size > self.max_image_size:
             raise ImageFormatError(
                 f"QED image size is invalid: {image_size} bytes, "
                 f"not a multiple of {SECTOR} up to {self.max_image_size}"
-            )
-        if image_size > MAX_DEVICE_SIZE:
-            raise ImageFormatError(
-                f"image size {image_size} is too large: at most {MAX_DEVICE_SIZE} bytes can be addressed"
             )
 
 

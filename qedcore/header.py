@@ -14,7 +14,7 @@ import struct
 from dataclasses import astuple, dataclass, replace
 
 from .errors import ImageFormatError, StorageError, UnsupportedError
-from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Bounds, Geometry
+from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Bounds, Geometry, check_device_size
 from .locks import Rank, ranked_lock
 from .storage import Storage
 
@@ -111,6 +111,7 @@ def read_header(storage: Storage) -> tuple[Header, Geometry, Bounds]:
             raise ImageFormatError(
                 f"backing filename of {header.backing_filename_size} bytes is too long: at most {MAX_BACKING_NAME}"
             )
+    check_device_size(header.image_size)
     return header, geometry, bounds
 
 

@@ -55,10 +55,13 @@ class SharedImage:
 
         return TraceSelection(text, self._trace_line)
 
-    def check(self) -> None:
-        """Open the image read-only.  Raises QEDError."""
+    def configured(self) -> None:
+        """There are no more parameters.  Raises RequestError if one is missing."""
         if "file" not in self._values:
             raise RequestError("parameter 'file' is missing: file=IMAGE.qed")
+
+    def check(self) -> None:
+        """Open the image read-only.  Raises QEDError."""
         self.image = self._open(writable=False)
 
     def _open(self, writable: bool) -> QEDImage:

@@ -64,10 +64,7 @@ class FileStorage:
             self.close()
             raise StorageError(f"cannot open {self.name}: not a file or block device", code=errno.EINVAL)
         self._identity = (info.st_dev, info.st_ino)
-        if mode.no_flush:
-            self.flush = _no_flush  # type: ignore[method-assign]
-        else:
-            self.flush = GroupCommit(self._sync).flush  # type: ignore[method-assign]
+        self._commit = GroupCommit(self._ignore_flush if mode.no_flush else self._sync)
 
     def size(self) -> int:
         try:
@@ -127,14 +124,16 @@ class FileStorage:
             raise StorageError(f"cannot make {self.name} {size} bytes long", error) from None
 
     def flush(self) -> None:
-        """Replaced in __init__ by the shared sync, or by nothing with cache=unsafe."""
-        raise AssertionError
+        self._commit.flush()
 
     def _sync(self) -> None:
         try:
             os.fdatasync(self.fd)
         except OSError as error:
             raise StorageError(f"cannot flush {self.name}", error) from None
+
+    def _ignore_flush(self) -> None:
+        """cache=unsafe."""
 
     def identity(self) -> object:
         return self._identity
@@ -146,10 +145,6 @@ class FileStorage:
 
     def _failed(self, verb: str, length: int, offset: int, error: OSError) -> StorageError:
         return StorageError(f"cannot {verb} {length} bytes at {offset:#x} of {self.name}", error)
-
-
-def _no_flush() -> None:
-    """cache=unsafe."""
 
 
 def open_storage(path: str | os.PathLike[str], writable: bool, mode: CacheMode = CacheMode()) -> Storage:
