@@ -11,7 +11,8 @@ import stat
 import sys
 import syslog
 import traceback
-from typing import Any, Iterable, NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import nbdkit
 

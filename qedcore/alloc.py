@@ -17,7 +17,7 @@ import threading
 from typing import Callable, NamedTuple
 
 from .errors import QEDError, StorageError
-from .geometry import MiB, Bounds, Geometry
+from .geometry import Bounds, Geometry, MiB
 from .header import FEATURE_NEED_CHECK, HeaderUpdater
 from .locks import Rank, ranked_condition, ranked_lock
 from .storage import Storage

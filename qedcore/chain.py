@@ -17,7 +17,7 @@ from .errors import ImageFormatError, UnsupportedError
 from .header import FEATURE_NO_PROBE
 from .image import DEFAULT_L2_CACHE, Parts, QEDImage
 from .request import Source
-from .storage import Storage, WriteBuffer
+from .storage import Storage
 from .storage.file import CacheMode, cache_mode, open_storage
 
 _PROBE_BYTES = 512
@@ -69,16 +69,11 @@ class RawSource:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self.backing: Source | None = None
         self.size = storage.size()  # bytes
 
-    def pread_into(self, buf: WriteBuffer, pos: int) -> None:
-        self.storage.pread_into(buf, pos)
-
-    def extents(self, pos: int, length: int) -> list[tuple[int, Kind]]:
-        return [(length, FOUND)]
-
-    def close(self) -> None:
-        self.storage.close()
+    def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
+        return FOUND, pos, length
 
 
 class ChainOpener:
@@ -124,8 +119,8 @@ class ChainOpener:
         except BaseException:
             for image in images:
                 image.storage.close()
-            if backing is not None and not isinstance(backing, QEDImage):
-                backing.close()
+            if backing is not None:
+                backing.storage.close()
             raise
 
     def _open_storage(self, path: str, writable: bool, seen: dict[object, str]) -> Storage:
@@ -182,10 +177,14 @@ def open_image(
 ) -> QEDImage:
     """Open the image at `path` and its backing chain.  Raises QEDError and its children.
 
-    `cache` is a name in CACHE_MODES, `l2_cache` bytes per image; `trace` is called with the name and arguments
-    of each trace event (in the dialect "7.2" or "2010"), `fault` with the name of each fault point, where it may raise OSError; `log` takes
-    one-line notices; `opener` opens storages.  Without `follow` the backing file is left alone
-    (to describe an image whose backing file is missing), and such an image must not be read.
+    cache        a name in CACHE_MODES
+    l2_cache     bytes, for each image of the chain
+    trace        called with the name and the arguments of each trace event, in `trace_dialect` ("7.2" or "2010")
+    fault        called with the name of each fault point, where it may raise OSError
+    clock        seconds
+    log          takes one-line notices
+    opener       opens the storages
+    follow       False: leave the backing file alone, to describe the image; such an image must not be read
     """
     if writable and not follow:
         raise ValueError("an image without its backing file cannot be written")

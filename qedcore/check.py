@@ -7,8 +7,8 @@ The caller makes sure that nobody changes the tables meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Iterator
 
 from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from .header import FEATURE_NEED_CHECK, HeaderUpdater
@@ -143,8 +143,10 @@ class Walk:
 
     def _use_table(self, offset: int) -> bool:
         geo = self._geometry
-        parts = range(offset, offset + geo.table_bytes, geo.cluster_size)
-        return all([self._use(part) for part in parts])
+        free = True
+        for part in range(offset, offset + geo.table_bytes, geo.cluster_size):
+            free = self._use(part) and free
+        return free
 
 
 def repair_after_crash(

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 from .chain import open_image, resolve
 from .create import create
@@ -25,7 +25,9 @@ def _create_options(text: str) -> dict[str, str]:
     for word in text.replace(",,", "\0").split(","):
         name, equals, value = word.replace("\0", ",").partition("=")
         if name not in ("cluster_size", "table_size", "backing_file", "backing_fmt", "size") or not equals:
-            raise RequestError(f"invalid option {word!r}: use cluster_size=, table_size=, size=, backing_file=, backing_fmt=")
+            raise RequestError(
+                f"invalid option {word!r}: use cluster_size=, table_size=, size=, backing_file=, backing_fmt="
+            )
         options[name] = value
     return options
 

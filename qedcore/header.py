@@ -1,9 +1,9 @@
 """The header: its fields, their limits, and updates (disk first, memory second).
 
-    0  magic            16 features              48 image_size
-    4  cluster_size     24 compat_features       56 backing_filename_offset
-    8  table_size       32 autoclear_features    60 backing_filename_size
-    12 header_size      40 l1_table_offset       64 (usually) the backing file's name
+0  magic            16 features              48 image_size
+4  cluster_size     24 compat_features       56 backing_filename_offset
+8  table_size       32 autoclear_features    60 backing_filename_size
+12 header_size      40 l1_table_offset       64 (usually) the backing file's name
 """
 
 from __future__ import annotations

@@ -99,9 +99,7 @@ class QEDImage:
             self._repair(self._gate)
 
     def _repair(self, gate: NeedCheckGate) -> None:
-        whole, report = repair_after_crash(
-            self.storage, self._header, self._tables, self.geometry, self._bounds
-        )
+        whole, report = repair_after_crash(self.storage, self._header, self._tables, self.geometry, self._bounds)
         self._clusters.reload()
         name = self.storage.name
         self._log(f"{name}: was not closed cleanly: checked, {len(report) or 'no'} findings")
@@ -148,6 +146,10 @@ class QEDImage:
         """(bytes, FOUND or ZERO) of the runs of a range, through the whole backing chain."""
         return self._requests.extents(pos, length)
 
+    def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
+        """The run at pos in this image alone (Source, ClusterMap.lookup)."""
+        return self._clusters.lookup(pos, length)
+
     def close(self) -> None:
         """Flush, clear NEED_CHECK, close this image and its backing chain.  A second call does nothing.
 
@@ -163,9 +165,10 @@ class QEDImage:
                 self._gate.close()
                 self.storage.flush()
         finally:
-            self.storage.close()
-            if self.backing is not None:
-                self.backing.close()
+            layer: Source | None = self
+            while layer is not None:
+                layer.storage.close()
+                layer = layer.backing
 
     def __enter__(self) -> QEDImage:
         return self

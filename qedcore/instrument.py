@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable
 
 from .alloc import Extent, NeedCheckGate
 from .cluster import FOUND, ClusterMap, Kind
@@ -277,7 +278,7 @@ def instrumented(trace: Tracer | None, fault: FaultHook | None, dialect: str) ->
         return type(cls.__name__, (cls,), {"probe": probe})
 
     return Parts(
-        storage=lambda storage: TracedStorage(storage, probe),  # type: ignore[arg-type, return-value]
+        storage=lambda storage: TracedStorage(storage, probe),
         cache=probed(TracedCache),
         clusters=probed(TracedClusterMap),
         gate=probed(TracedGate),

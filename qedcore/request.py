@@ -19,7 +19,7 @@ from typing import Protocol
 from .alloc import Allocator, Extent, NeedCheckGate
 from .cluster import FOUND, NO_CLUSTER, NO_TABLE, ZERO, ClusterMap, Kind
 from .errors import ReadOnlyError, RequestError, ShutdownError
-from .geometry import MiB, ZERO_CLUSTER
+from .geometry import ZERO_CLUSTER, MiB
 from .storage import ReadBuffer, Storage, WriteBuffer
 from .table import Table, contiguous
 
@@ -27,17 +27,30 @@ _ZEROS = bytes(MiB)  # what zeros are written from, without allocating each time
 
 
 class Source(Protocol):
-    """What can be under an image: bytes to read, with a map of where they are."""
+    """A layer of a backing chain: where bytes are, and what lies below."""
 
     size: int  # bytes
+    storage: Storage
+    backing: Source | None
 
-    def pread_into(self, buf: WriteBuffer, pos: int) -> None: ...
-
-    def extents(self, pos: int, length: int) -> list[tuple[int, Kind]]:
-        """(bytes, kind) of the runs from pos on; the kind is FOUND (data) or ZERO (reads as zeros)."""
+    def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
+        """The run at pos, as ClusterMap.lookup gives it."""
         ...
 
-    def close(self) -> None: ...
+
+def find_data(layer: Source | None, pos: int, length: int) -> tuple[Storage | None, int, int]:
+    """Where the bytes at pos are, from `layer` down: (storage, offset in it, bytes), or (None, 0, bytes) for zeros.
+
+    A loop, not a recursion: a chain may be longer than Python's stack.
+    """
+    while layer is not None and pos < layer.size:
+        kind, offset, length = layer.lookup(pos, min(length, layer.size - pos))
+        if kind is FOUND:
+            return layer.storage, offset, length
+        if kind is ZERO:
+            break
+        layer = layer.backing
+    return None, 0, length
 
 
 class Requests:
@@ -62,7 +75,10 @@ class Requests:
     # -- reads -------------------------------------------------------------------------------------------------
 
     def pread_into(self, buf: WriteBuffer, pos: int) -> None:
-        """Fill `buf` from guest position `pos`.  Takes no lock.  Raises RequestError, CorruptImageError, StorageError."""
+        """Fill `buf` from guest position `pos`.  Takes no lock.
+
+        Raises RequestError, CorruptImageError and StorageError.
+        """
         offset = self._find_in_cluster(pos, len(buf))
         if offset:
             self._storage.pread_into(buf, offset)
@@ -103,33 +119,31 @@ class Requests:
         self._storage.pread_into(view, offset)
 
     def read_backing(self, view: memoryview, pos: int) -> None:
-        """Read the backing file; past its end there are zeros."""
-        assert self.backing is not None
-        n = min(max(self.backing.size - pos, 0), len(view))
-        if n:
-            self.backing.pread_into(view[:n], pos)
-        if n < len(view):
-            view[n:] = bytes(len(view) - n)
+        """Read what is below the image; past the end of a backing file there are zeros."""
+        while view:
+            storage, offset, n = find_data(self.backing, pos, len(view))
+            if storage is None:
+                view[:n] = bytes(n)
+            else:
+                storage.pread_into(view[:n], offset)
+            view = view[n:]
+            pos += n
 
     def extents(self, pos: int, length: int) -> list[tuple[int, Kind]]:
-        """Source.extents, through the whole chain; neighbours of one kind are joined."""
+        """(bytes, FOUND or ZERO) of the runs of a range, through the whole chain; neighbours of a kind are joined."""
         self._check_range(pos, length)
         found: list[tuple[int, Kind]] = []
         end = pos + length
         while pos < end:
             kind, _, n = self._clusters.lookup(pos, end - pos)
-            if kind is FOUND or kind is ZERO or self.backing is None:
-                runs = [(n, FOUND if kind is FOUND else ZERO)]
+            if kind is not FOUND and kind is not ZERO:
+                storage, _, n = find_data(self.backing, pos, n)
+                kind = ZERO if storage is None else FOUND
+            if found and found[-1][1] is kind:
+                n_before, _ = found.pop()
+                found.append((n_before + n, kind))
             else:
-                below = min(max(self.backing.size - pos, 0), n)
-                runs = self.backing.extents(pos, below) if below else []
-                if below < n:
-                    runs.append((n - below, ZERO))
-            for run, what in runs:
-                if found and found[-1][1] is what:
-                    found[-1] = (found[-1][0] + run, what)
-                else:
-                    found.append((run, what))
+                found.append((n, kind))
             pos += n
         return found
 

@@ -9,7 +9,8 @@ I4. A failed sync is never forgotten: the system may have dropped the pages, so 
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 # bytes, bytearray, memoryview, mmap: whatever the os module takes (typing.Buffer exists from 3.12 on)
 ReadBuffer = Any

@@ -13,8 +13,8 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Iterator, Sequence
 
 from ..errors import StorageError
 from ..locks import Rank, ranked_condition

@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 from ..errors import RequestError, StorageError
 from . import ReadBuffer, Storage, WriteBuffer

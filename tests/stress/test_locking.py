@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import qedcore
 from support.server import wait_for
+
+import qedcore
 
 KiB, MiB = 1024, 1024 * 1024
 CLUSTER = 4 * KiB

@@ -1,9 +1,9 @@
 """Many threads on one image, with an exact oracle.
 
-Two workloads.  *Interleaved*: each thread owns every n-th sector, so that all threads allocate, fill and zero the same
-clusters, and every read of an own sector must give exactly what was last written.  *Overlapping*: any thread writes
-anywhere; each sector carries a stamp of its position and write, so that a read of anything but a whole legal write
-shows, and at the end no sector may hold a write that another one overwrote.
+Two workloads.  *Interleaved*: each thread owns every n-th sector, so that all threads allocate, fill and zero the
+same clusters, and every read of an own sector must give exactly what was last written.  *Overlapping*: any thread
+writes anywhere; each sector carries a stamp of its position and write, so that a read of anything but a whole legal
+write shows, and at the end no sector may hold a write that another one overwrote.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import qedcore
 from support import qemu
 from support.qed_image import assert_sound
+
+import qedcore
 
 KiB, MiB = 1024, 1024 * 1024
 SECTOR = 512
