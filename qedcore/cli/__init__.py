@@ -1,4 +1,7 @@
-"""The `qed` command.  Each sub-command is a module here with HELP, add_arguments(parser) and run(args) -> exit code."""
+"""The `qed` command.
+
+Each sub-command is a module here with HELP, add_arguments(parser) and run(args) -> exit code.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import importlib
 import os
 import signal
 import sys
-from typing import NoReturn, Sequence
+from collections.abc import Sequence
+from typing import NoReturn
 
 from .. import __version__
 from ..errors import QEDError
