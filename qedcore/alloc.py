@@ -145,9 +145,11 @@ class NeedCheckGate:
             self._cond.notify_all()
 
     def fail(self) -> None:
-        """A metadata write failed, or an image is damaged: keep NEED_CHECK until it was repaired (I4)."""
-        with self._cond:
-            self._failed = True
+        """A metadata write failed, or an image is damaged: keep NEED_CHECK until it was repaired (I4).
+
+        Takes no lock, because its caller holds a table's: the flag only ever goes up.
+        """
+        self._failed = True
 
     def settled(self) -> None:
         """The flag on disk was cleared, durably, by the repair at open."""
@@ -168,8 +170,7 @@ class NeedCheckGate:
             self._allocator.trim_tail()
             self._storage.flush()  # everything that the flag stands for, before the flag
         except BaseException:
-            with self._cond:
-                self._failed = True
+            self.fail()
             self._settle(dirty=True)
             raise
         try:

@@ -88,6 +88,7 @@ class ChainOpener:
         log: Callable[[str], None],
         opener: Callable[[str, bool, CacheMode], Storage],
         follow: bool,
+        write_below: Callable[[str, str], bool],
     ) -> None:
         self._mode = mode
         self._l2_cache = l2_cache
@@ -96,6 +97,7 @@ class ChainOpener:
         self._log = log
         self._opener = opener
         self._follow = follow  # open the backing files, too
+        self._write_below = write_below  # (name, path of a backing file) -> open it for writing
 
     def open(self, path: str, writable: bool) -> QEDImage:
         """Open every file of the chain before the first is changed; then start from the bottom up."""
@@ -103,15 +105,17 @@ class ChainOpener:
         backing: Source | None = None
         seen: dict[object, str] = {}
         try:
-            next_path: str | None = path
-            while next_path is not None:
-                storage = self._open_storage(next_path, writable and not images, seen)
+            while True:
+                storage = self._open_storage(path, writable, seen)
                 if images and self._backing_format(images[-1], storage) == "raw":
                     backing = RawSource(storage)
                     break
-                images.append(self._open_image(storage, writable and not images))
+                images.append(self._open_image(storage, writable))
                 name = images[-1].backing_name
-                next_path = resolve(name, next_path) if name and self._follow else None
+                if not name or not self._follow:
+                    break
+                path = resolve(name, path)
+                writable = self._write_below(name, path)
             for image in reversed(images):
                 image.start(backing)
                 backing = image
@@ -174,6 +178,7 @@ def open_image(
     log: Callable[[str], None] = lambda line: None,
     opener: Callable[[str, bool, CacheMode], Storage] = open_storage,
     follow: bool = True,
+    write_below: Callable[[str, str], bool] = lambda name, path: False,
 ) -> QEDImage:
     """Open the image at `path` and its backing chain.  Raises QEDError and its children.
 
@@ -185,6 +190,7 @@ def open_image(
     log          takes one-line notices
     opener       opens the storages
     follow       False: leave the backing file alone, to describe the image; such an image must not be read
+    write_below  asked with the name (as its overlay has it) and the path of each backing file: open it writable?
     """
     if writable and not follow:
         raise ValueError("an image without its backing file cannot be written")
@@ -193,4 +199,37 @@ def open_image(
         from .instrument import instrumented
 
         parts = instrumented(trace, fault, trace_dialect)
-    return ChainOpener(cache_mode(cache), l2_cache, parts, clock, log, opener, follow).open(os.fspath(path), writable)
+    chain = ChainOpener(cache_mode(cache), l2_cache, parts, clock, log, opener, follow, write_below)
+    return chain.open(os.fspath(path), writable)
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    cache: str = "writeback",
+    opener: Callable[[str, bool, CacheMode], Storage] = open_storage,
+) -> Source:
+    """Open a raw file or an image with its chain, read-only.  `format` is "raw", "qed" or None to probe.
+
+    close_source() closes it.  Raises QEDError and its children.
+    """
+    storage = opener(os.fspath(path), False, cache_mode(cache))
+    try:
+        found = format or probe(storage)
+        if found == "raw":
+            return RawSource(storage)
+        if found != "qed":
+            raise UnsupportedError(f"{path} is a {found} image: only raw and QED are read here")
+    except BaseException:
+        storage.close()
+        raise
+    storage.close()
+    return open_image(path, writable=False, cache=cache, opener=opener)
+
+
+def close_source(source: Source | None) -> None:
+    """Close the files of a chain that was opened read-only."""
+    while source is not None:
+        source.storage.close()
+        source = source.backing

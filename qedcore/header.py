@@ -13,8 +13,8 @@ import os
 import struct
 from dataclasses import astuple, dataclass, replace
 
-from .errors import ImageFormatError, StorageError, UnsupportedError
-from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Bounds, Geometry, check_device_size
+from .errors import ImageFormatError, RequestError, StorageError, UnsupportedError
+from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Bounds, Geometry, check_device_size
 from .locks import Rank, ranked_lock
 from .storage import Storage
 
@@ -124,6 +124,27 @@ def read_backing_name(storage: Storage, header: Header) -> str | None:
     return os.fsdecode(bytes(data).split(b"\0", 1)[0]) or None
 
 
+def place_for_name(header: Header, size: int) -> int:
+    """File offset (bytes) for a backing file's name of `size` bytes, not over the present one unless that is safe.
+
+    Raises RequestError when there is no room, and UnsupportedError when another program's compat_features may
+    depend on there being no such name (QEMU's rule).
+    """
+    if header.compat_features:
+        raise UnsupportedError(f"the image has compatible features of another program: {header.compat_features:x}")
+    end = header.header_bytes  # of the header area
+    room = min(MAX_BACKING_NAME, end - HEADER_BYTES)
+    if size > room:
+        raise RequestError(f"no space left in the file header: the name has {size} bytes, at most {room}")
+    old = header.backing_filename_offset
+    # In the header's own sector both change at once; elsewhere the old name must survive until the header changes.
+    if HEADER_BYTES + size <= SECTOR or not header.has_backing or HEADER_BYTES + size <= old:
+        return HEADER_BYTES
+    if old + header.backing_filename_size + size <= end:
+        return old + header.backing_filename_size
+    raise RequestError("no space left in the file header: not for the old name and the new: rebase to a short one first")
+
+
 class HeaderUpdater:
     """Owns the header of an open image; its lock serialises updates.
 
@@ -152,9 +173,42 @@ class HeaderUpdater:
             self._storage.flush()
             return True
 
-    def _write(self, header: Header) -> None:
+    def set_image_size(self, image_size: int) -> None:
+        """Change the size of the guest device (bytes) on disk, then in memory.  Does not flush."""
+        with self._lock:
+            self._write(replace(self.header, image_size=image_size))
+
+    def set_l1_table_offset(self, offset: int) -> None:
+        """Use the L1 table at `offset` (bytes), which is durable, from now on.  Does not flush."""
+        with self._lock:
+            self._write(replace(self.header, l1_table_offset=offset))
+
+    def set_backing(self, name: str | None, raw: bool = False) -> None:
+        """Name another backing file, or none, durably; a crash leaves the old name or the new one.
+
+        `raw` records that its format must never be guessed.  Raises as place_for_name, and StorageError.
+        """
+        data = os.fsencode(name or "")
+        with self._lock:
+            offset = place_for_name(self.header, len(data)) if data else 0
+            features = self.header.features & ~(FEATURE_BACKING_FILE | FEATURE_NO_PROBE)
+            if data:
+                features |= FEATURE_BACKING_FILE | (FEATURE_NO_PROBE if raw else 0)
+            header = replace(
+                self.header, features=features, backing_filename_offset=offset, backing_filename_size=len(data)
+            )
+            if offset + len(data) <= SECTOR:
+                self._write(header, data)  # one sector: all of it or nothing
+            else:
+                self._storage.pwrite(data, offset)
+                self._storage.flush()  # the name before the header that points at it
+                self._write(header)
+            self._storage.flush()
+
+    def _write(self, header: Header, name: bytes = b"") -> None:
+        """Write the header, with the name that follows it, if any."""
         try:
-            self._storage.pwrite(header.pack(), 0)
+            self._storage.pwrite(header.pack() + name, 0)
         except StorageError as error:
             raise StorageError(f"failed to update header: {error}", code=error.errno or errno.EIO) from None
         self.header = header

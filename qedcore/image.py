@@ -7,13 +7,15 @@ I2. No request is in flight during start() or close(); the caller sees to it (nb
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Callable, NamedTuple
 
 from .alloc import Allocator, NeedCheckGate
 from .check import repair_after_crash
 from .cluster import ClusterMap, Kind
-from .errors import ImageFormatError
-from .geometry import MiB
+from .errors import ImageFormatError, ReadOnlyError
+from .geometry import Bounds, Geometry, MiB
 from .header import Header, HeaderUpdater, read_backing_name, read_header
 from .l2_cache import L2Cache
 from .locks import Rank, ranked_lock
@@ -33,6 +35,25 @@ class Parts(NamedTuple):
     gate: type[NeedCheckGate] = NeedCheckGate
     requests: type[Requests] = Requests
     writable_requests: type[WritableRequests] = WritableRequests
+
+
+class Metadata(NamedTuple):
+    """What maintenance changes, behind the back of requests (QEDImage.maintenance)."""
+
+    storage: Storage
+    geometry: Geometry
+    bounds: Bounds
+    header: HeaderUpdater
+    tables: TableIO
+    clusters: ClusterMap
+    requests: WritableRequests
+
+    def reload(self) -> None:
+        """The tables have changed on disk, or the device's size has: read them again."""
+        clusters, header = self.clusters, self.header.header
+        clusters.l1_offset = header.l1_table_offset
+        clusters.l1 = self.tables.read(clusters.l1_offset, self.geometry.l1_entries(self.requests.size))
+        clusters.cache.clear()
 
 
 class QEDImage:
@@ -110,6 +131,25 @@ class QEDImage:
         else:
             gate.fail()
             self._log(f"{name}: damage is left: shared clusters change together; check the image")
+
+    @contextmanager
+    def maintenance(self) -> Iterator[Metadata]:
+        """A dirty period in which the caller changes metadata by itself; no other request may be in flight.
+
+        NEED_CHECK is durable before and stays after an error, so that the next writable open repairs.
+        """
+        if self._gate is None or not isinstance(self._requests, WritableRequests):
+            raise ReadOnlyError(f"{self.storage.name} was opened read-only")
+        metadata = Metadata(
+            self.storage, self.geometry, self._bounds, self._header, self._tables, self._clusters, self._requests
+        )
+        with self._gate:
+            try:
+                yield metadata
+                self.size = self._requests.size
+            except BaseException:
+                self._gate.fail()
+                raise
 
     def start_timer(self) -> None:
         """Clear NEED_CHECK when allocations pause, from a thread: call it after any fork."""

@@ -53,6 +53,18 @@ def find_data(layer: Source | None, pos: int, length: int) -> tuple[Storage | No
     return None, 0, length
 
 
+def read_chain(layer: Source | None, view: memoryview, pos: int) -> None:
+    """Fill `view` from `layer` and what is below it; past the end of each layer there are zeros."""
+    while view:
+        storage, offset, n = find_data(layer, pos, len(view))
+        if storage is None:
+            view[:n] = bytes(n)
+        else:
+            storage.pread_into(view[:n], offset)
+        view = view[n:]
+        pos += n
+
+
 class Requests:
     """Requests on one image.  `backing` is set before the first request and never changed after."""
 
@@ -119,15 +131,8 @@ class Requests:
         self._storage.pread_into(view, offset)
 
     def read_backing(self, view: memoryview, pos: int) -> None:
-        """Read what is below the image; past the end of a backing file there are zeros."""
-        while view:
-            storage, offset, n = find_data(self.backing, pos, len(view))
-            if storage is None:
-                view[:n] = bytes(n)
-            else:
-                storage.pread_into(view[:n], offset)
-            view = view[n:]
-            pos += n
+        """Read what is below the image."""
+        read_chain(self.backing, view, pos)
 
     def extents(self, pos: int, length: int) -> list[tuple[int, Kind]]:
         """(bytes, FOUND or ZERO) of the runs of a range, through the whole chain; neighbours of a kind are joined."""
@@ -312,6 +317,22 @@ class WritableRequests(Requests):
                 self._link(kind, pos, array("Q", [ZERO_CLUSTER]) * n_clusters, None)
                 return n
         return 0
+
+
+    def add_zero_clusters(self, pos: int, length: int) -> None:
+        """Make the clusters of a range that this image does not have zero clusters, whatever is below it.
+
+        For a rebase: `pos` (bytes) starts a cluster, the range ends with one or with the device.
+        """
+        self._check_range(pos, length)
+        while length:
+            with self._gate, self._clusters.table_locks.hold(pos >> self._geometry.l1_shift):
+                kind, _, n = self._clusters.lookup(pos, length)
+                if kind in (NO_CLUSTER, NO_TABLE):
+                    entries = array("Q", [ZERO_CLUSTER]) * self._geometry.clusters(n)
+                    self._link(kind, pos, entries, None)
+            pos += n
+            length -= n
 
 
 class ClosedRequests(Requests):

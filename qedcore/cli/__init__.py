@@ -1,6 +1,8 @@
 """The `qed` command.
 
-Each sub-command is a module here with HELP, add_arguments(parser) and run(args) -> exit code.
+Each sub-command is a module here with HELP, add_arguments(parser) and run(args) -> exit code.  It may have
+EPILOG (more help), FAILURE (its exit code for errors, if not 1) and split(words) -> words (to take words that
+look like options, as resize does with -1G, before they are parsed).
 """
 
 from __future__ import annotations
@@ -11,57 +13,141 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import QEDError
+from .common import PROGRAM
 
-COMMANDS = ("create", "info")
+COMMANDS = (
+    "create",
+    "info",
+    "map",
+    "dump",
+    "compare",
+    "convert",
+    "measure",
+    "snapshot",
+    "amend",
+    "bitmap",
+)
+_MODULES = {"snapshot": "refusals", "amend": "refusals", "bitmap": "refusals"}  # command -> module, if named otherwise
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
+
+_EPILOG = f"""\
+'{PROGRAM} COMMAND --help' explains a command.  Commands, options, messages and exit codes are those of qemu-img
+where it has them; qed(1) lists the differences.
+
+examples:
+  {PROGRAM} create disk.qed 20G                        an empty image
+  {PROGRAM} create -b base.qed -F qed overlay.qed      one that keeps only what differs from base.qed
+  {PROGRAM} info --backing-chain overlay.qed           what it is, and what is under it
+  {PROGRAM} convert -p disk.qed disk.raw -O raw        out of QED (and 'convert -O qed' into it)
+"""
 
 
 class Parser(argparse.ArgumentParser):
     """Errors are one line and exit code 1, as everywhere else."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_FAILURE, f"qed: {message}\n")
+        self.exit(EXIT_FAILURE, f"{PROGRAM}: {message}\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="qed", description="Work with QED (QEMU Enhanced Disk) images.", allow_abbrev=False)
+def load(command: str) -> Any:
+    """The module of a command."""
+    return importlib.import_module(f"{__name__}.{_MODULES.get(command, command)}")
+
+
+def build_parser() -> Parser:
+    """The parser of what comes before the command."""
+    parser = Parser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} [--debug] [-V] [-T EVENTS] COMMAND [OPTION...] [FILE...]",
+        description="Work with QED (QEMU Enhanced Disk) images.",
+        epilog=_EPILOG,
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback with errors")
-    parser.add_argument("-V", "--version", action="version", version=f"qed {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = importlib.import_module(f"{__name__}.{name}")
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    parser.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("-T", "--trace", metavar="EVENTS", help="print trace events (names, or all) on standard error")
     return parser
+
+
+def build_command_parser(command: str) -> Parser:
+    module = load(command)
+    about = module.HELP if isinstance(module.HELP, str) else module.HELP[command]
+    parser = Parser(prog=f"{PROGRAM} {command}", description=about, epilog=getattr(module, "EPILOG", None))
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.set_defaults(command=command)
+    module.add_arguments(parser)
+    return parser
+
+
+def _print_help() -> None:
+    parser = build_parser()
+    group = parser.add_argument_group("commands")
+    for name in COMMANDS:
+        about = load(name).HELP
+        group.add_argument(name, nargs="?", help=about if isinstance(about, str) else about[name])
+    parser.print_help()
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """All arguments; args.module is the command's module, args.argv all words from the command on."""
+    at = 0
+    while at < len(argv) and argv[at].startswith("-"):
+        at += 2 if argv[at] in ("-T", "--trace") else 1
+    if any(word in ("-h", "--help") for word in argv[:at]):
+        _print_help()
+        sys.exit(EXIT_OK)
+    parser = build_parser()
+    args = parser.parse_args(argv[:at])
+    if at >= len(argv):
+        parser.error(f"Not enough arguments: which command? One of {', '.join(COMMANDS)}")
+    command = argv[at]
+    if command not in COMMANDS:
+        parser.error(f"Command not found: {command}")
+    args.argv = list(argv[at:])
+    args.module = load(command)
+    split = getattr(args.module, "split", list)
+    return build_command_parser(command).parse_intermixed_args(split(argv[at + 1 :]), args)
+
+
+def _report(args: argparse.Namespace, message: str, code: int) -> int:
+    sys.stdout.flush()
+    if args.debug:
+        raise  # noqa: PLE0704 - called by the handlers below only
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return code
+
+
+def _terminate(*_: object) -> NoReturn:
+    """SIGTERM: an exception, so that temporary files are removed."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
-    if argv is None:
-        argv = sys.argv[1:]
-    args = build_parser().parse_args(argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
+    failure = getattr(args.module, "FAILURE", EXIT_FAILURE)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = args.run(args)
+        code = args.module.run(args)
         sys.stdout.flush()
         return int(code)
     except QEDError as error:
-        if args.debug:
-            raise
-        print(f"qed: {error}", file=sys.stderr)
-        return EXIT_FAILURE
+        return _report(args, str(error), failure)
     except KeyboardInterrupt:
-        if args.debug:
-            raise
-        print("qed: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _report(args, "interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
         # Who read our output has enough; nothing may be printed at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        return _report(args, str(error), failure)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,164 @@
+"""Putting an image onto another backing file, or onto none.
+
+I1. The guest's content stays: what the old and the new backing file have differently is copied into the image and
+    made durable before the name changes (rebase).  change_name() trusts its caller that there is no difference.
+I2. The name changes at once, for a crash too (HeaderUpdater.set_backing), and never so that the image cannot be opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Callable
+
+from .chain import open_source, probe, resolve
+from .cluster import FOUND, ZERO
+from .errors import QEDError, RequestError
+from .geometry import MiB
+from .header import HeaderUpdater, place_for_name, read_backing_name, read_header
+from .image import QEDImage
+from .request import Source, find_data, read_chain
+from .storage import Storage
+from .storage.file import CacheMode, open_storage
+
+COMPARE_STEP = 1 * MiB  # bytes compared at once, at least one cluster
+
+
+def rebase(
+    image: QEDImage,
+    name: str | None,
+    new: Source | None,
+    raw: bool = False,
+    progress: Callable[[int], None] = lambda pos: None,
+) -> None:
+    """Put `image` onto the chain `new`, under `name` and with `raw` as in HeaderUpdater.set_backing.
+
+    No other request may be in flight; the image is to be closed next, because it still reads from its old chain.
+    `progress` is told guest positions.  Raises RequestError and UnsupportedError before anything is changed: when the
+    name does not fit and when the new chain leads back to the image; else QEDError.
+    """
+    if name:
+        place_for_name(image.header, len(os.fsencode(name)))
+    layer = new
+    while layer is not None:
+        if layer.storage.identity() == image.storage.identity():
+            raise RequestError(f"Backing file '{name}' creates an infinite loop.")
+        layer = layer.backing
+    with image.maintenance() as metadata:
+        for kind, pos, data in _differences(image, new, progress):
+            if kind is ZERO:
+                metadata.requests.add_zero_clusters(pos, len(data))
+            else:
+                metadata.requests.pwrite(data, pos)
+        metadata.storage.flush()  # the copies, before the name that they stand in for (I1)
+        metadata.header.set_backing(name, raw)
+
+
+def _differences(
+    image: QEDImage, new: Source | None, progress: Callable[[int], None]
+) -> Iterator[tuple[object, int, memoryview]]:
+    """(FOUND or ZERO, pos, old content) of the runs of clusters that are only below the image, and differ in `new`."""
+    old, size = image.backing, image.geometry.cluster_size
+    pos = 0
+    while pos < image.size:
+        progress(pos)
+        kind, _, length = image.lookup(pos, image.size - pos)
+        if kind in (FOUND, ZERO):
+            pos += length
+            continue
+        n = _same_place(old, new, pos, length)
+        if n < length:
+            n = image.geometry.start_of_cluster(n)
+        if not n:
+            n = min(length, max(size, COMPARE_STEP))
+            before, after = memoryview(bytearray(n)), memoryview(bytearray(n))
+            read_chain(old, before, pos)
+            read_chain(new, after, pos)
+            yield from _runs(before, after, pos, size)
+        pos += n
+
+
+def _same_place(old: Source | None, new: Source | None, pos: int, length: int) -> int:
+    """Bytes from pos on that cannot differ: zeros in both chains, or the same bytes of the same file."""
+    done = 0
+    while done < length:
+        here, at, n = find_data(old, pos + done, length - done)
+        there, other, n = find_data(new, pos + done, n)
+        if here is None or there is None:
+            if here is not there:
+                break
+        elif at != other or here.identity() != there.identity():
+            break
+        done += n
+    return done
+
+
+def _runs(
+    before: memoryview, after: memoryview, pos: int, cluster_size: int
+) -> Iterator[tuple[object, int, memoryview]]:
+    """_differences of one stretch of whole clusters."""
+    zeros = bytes(cluster_size)
+
+    def kind_of(at: int) -> object:
+        cluster = before[at : at + cluster_size]
+        if cluster == after[at : at + cluster_size]:
+            return None
+        return ZERO if cluster == memoryview(zeros)[: len(cluster)] else FOUND
+
+    for kind, group in groupby(range(0, len(before), cluster_size), kind_of):
+        if kind is not None:
+            clusters = list(group)
+            yield kind, pos + clusters[0], before[clusters[0] : clusters[-1] + cluster_size]
+
+
+def change_name(
+    path: str,
+    name: str | None,
+    raw: bool = False,
+    *,
+    opener: Callable[[str, bool, CacheMode], Storage] = open_storage,
+) -> None:
+    """Change the name of the backing file and nothing else; neither the old nor the new one need exist.
+
+    Raises as rebase, also when backing files that exist would form a loop.
+    """
+    storage = opener(path, True, CacheMode())
+    try:
+        header, _, _ = read_header(storage)
+        if name and _leads_to(resolve(name, path), raw, storage.identity(), opener):
+            raise RequestError(f"Backing file '{name}' creates an infinite loop.")
+        updater = HeaderUpdater(storage, header)
+        if name:
+            place_for_name(header, len(os.fsencode(name)))
+        updater.clear_unknown_autoclear()
+        updater.set_backing(name, raw)
+    finally:
+        storage.close()
+
+
+def _leads_to(
+    path: str | None, raw: bool, identity: object, opener: Callable[[str, bool, CacheMode], Storage]
+) -> bool:
+    """Whether the chain from `path` down, as far as it can be followed, comes to the file `identity`."""
+    seen = set()
+    while path is not None:
+        try:
+            storage = opener(path, False, CacheMode())
+        except QEDError:
+            return False
+        try:
+            if storage.identity() == identity:
+                return True
+            if raw or storage.identity() in seen or probe(storage) != "qed":
+                return False
+            seen.add(storage.identity())
+            header, _, _ = read_header(storage)
+            name = read_backing_name(storage, header)
+            raw = bool(header.features & 4)
+            path = resolve(name, path) if name else None
+        except QEDError:
+            return False
+        finally:
+            storage.close()
+    return False

@@ -1,0 +1,378 @@
+"""A scan of all tables for `qed check`: every damaged entry, and for every cluster of the file who uses it.
+
+It differs from check.Walk, which a server runs when it opens a dirty image, in three ways.  Tables are claimed
+before data, so that a table never loses against a stray data entry.  Tables that overlap are read all the same:
+what they refer to is no leak.  And a map of one byte per cluster is kept, which a repair needs.
+
+    map:  | METADATA | 0 | DATA | DATA ... |     memory: one byte per cluster of the file, in pages touched
+          header, tables ^ leak               only, however large the tables are; they are read in slices
+
+numpy, if installed, looks at slices of large images first; those with nothing to report need no further look.
+All findings come from the code below in plain Python, so they are the same without numpy.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from .check import Damage
+from .errors import StorageError, UnsupportedError
+from .geometry import ENTRY, ZERO_CLUSTER, Bounds, Geometry
+from .storage import Storage
+from .table import Table, TableIO
+
+# What a byte of the map says of its cluster
+METADATA = 1  # the header area, the L1 table or an L2 table
+DATA = 2  # a data cluster
+READ = 4  # an L2 table that the scan has come to
+SHARED = 8  # used more than once
+
+_USE = METADATA | DATA
+
+MAX_CLUSTERS = 1 << 30  # of the file: the map takes a byte for each
+_VECTOR_ENTRIES = 1 << 18  # L2 entries from which on loading numpy pays
+_FAR = 1 << 63  # past the end of every file
+
+
+@dataclass
+class ScanResult:
+    """What a scan has found."""
+
+    corruptions: int = 0  # damaged L2 entries, and clusters on which an L1 entry is wrong: as qemu-img counts
+    check_errors: int = 0  # tables that cannot be read
+    error: StorageError | None = None  # the last of those
+    leaks: int = 0  # whole clusters that nothing refers to; 0 if a table could not be read
+    allocated: int = 0  # data clusters
+    fragmented: int = 0  # data clusters that do not follow the one before
+    tables: int = 0  # L2 tables
+    file_clusters: int = 0  # whole clusters of the file
+    end: int = 0  # bytes: the first byte after the last cluster in use
+    mapped_end: int = 0  # bytes: guest position after the last cluster that is mapped
+
+    @property
+    def clean(self) -> bool:
+        return not (self.corruptions or self.check_errors or self.leaks)
+
+
+class ClusterUse:
+    """One byte for each whole cluster of the file: METADATA, DATA, READ and SHARED, or 0."""
+
+    def __init__(self, clusters: int) -> None:
+        if clusters > MAX_CLUSTERS:
+            raise UnsupportedError(f"the file has {clusters} clusters: more than {MAX_CLUSTERS} cannot be checked")
+        # Anonymous memory: pages that are not written cost nothing.
+        self.map = mmap.mmap(-1, max(clusters, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.clusters = clusters
+
+    def claim(self, cluster: int, use: int) -> bool:
+        """Note a use; False, and SHARED, if there is one already."""
+        before = self.map[cluster]
+        if before & _USE:
+            self.map[cluster] = before | use | SHARED
+            return False
+        self.map[cluster] = before | use
+        return True
+
+    def next_free(self, cluster: int) -> int:
+        """The first unused cluster from `cluster` on; `clusters` if there is none."""
+        found = self.map.find(b"\0", cluster, self.clusters)
+        return self.clusters if found < 0 else found
+
+    def count(self, cluster: int = 0, end: int | None = None) -> int:
+        """Clusters in use in a range."""
+        end = self.clusters if end is None else end
+        step = 1 << 20
+        unused = sum(self.map[at : min(at + step, end)].count(0) for at in range(cluster, end, step))
+        return max(end - cluster, 0) - unused
+
+    def last(self) -> int:
+        """The number after the last cluster in use."""
+        end = self.clusters
+        while end:
+            start = max(0, end - (1 << 20))
+            used = len(self.map[start:end].rstrip(b"\0"))
+            if used:
+                return start + used
+            end = start
+        return 0
+
+
+def next_data(storage: Storage, offset: int) -> int:
+    """A file offset (bytes) from `offset` on before which there are only zeros: where the next data may be."""
+    fd = getattr(storage, "fd", -1)
+    if not isinstance(fd, int) or fd < 0:
+        return offset
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        return _FAR if error.errno == errno.ENXIO else offset  # ENXIO: only a hole up to the end
+
+
+def table_slices(
+    storage: Storage, tables: TableIO, geometry: Geometry, offset: int
+) -> Iterator[tuple[int, Table]]:
+    """(index of the first entry, slice) for the slices of the table at `offset` that are not empty."""
+    end = offset + geometry.table_bytes
+    data = next_data(storage, offset)
+    for at in range(offset, end, geometry.slice_bytes):
+        if data >= at + geometry.slice_bytes:
+            continue
+        table = tables.read(at, geometry.slice_entries)
+        if table.count(0) != len(table):
+            yield (at - offset) // ENTRY, table
+        if geometry.slice_bytes < geometry.table_bytes:
+            data = next_data(storage, at + geometry.slice_bytes)
+
+
+class Vectors:
+    """The numpy side of a scan: it claims a slice of sound entries at once, or leaves it alone.
+
+    Two uses of one cluster are not noticed while claiming: the sum of all claims tells in the end (claimed).
+    `strict` then looks for them in every slice.
+    """
+
+    def __init__(self, geometry: Geometry, bounds: Bounds, use: ClusterUse, strict: bool) -> None:
+        import numpy
+
+        self._np: Any = numpy
+        self._geometry = geometry
+        self._bounds = bounds
+        self._map = numpy.frombuffer(use.map, dtype=numpy.uint8)
+        self._strict = strict
+
+    def claim(self, table: Table, expected: int) -> tuple[int, int, int] | None:
+        """(data clusters, how many are fragmented, next offset expected), or None: look at the entries one by one."""
+        np, geo, bounds = self._np, self._geometry, self._bounds
+        entries = np.frombuffer(table, dtype=np.uint64)
+        used = entries > ZERO_CLUSTER
+        n = int(np.count_nonzero(used))
+        if n == 0:
+            return 0, 0, expected
+        if n < len(entries):
+            entries = entries[used]
+        first, last = int(entries[0]), int(entries[-1])
+        jumps = int(np.count_nonzero(np.diff(entries) != geo.cluster_size))
+        if not jumps:
+            if not (bounds.valid_cluster(first) and bounds.valid_cluster(last)):
+                return None
+            part = self._map[first >> geo.l2_shift : (last >> geo.l2_shift) + 1]
+            if self._strict and part.any():
+                return None
+            part |= DATA
+        else:
+            if int(np.bitwise_or.reduce(entries)) & geo.cluster_mask:
+                return None
+            if int(entries.min()) < bounds.start or int(entries.max()) >= bounds.end:
+                return None
+            numbers = (entries >> np.uint64(geo.l2_shift)).view(np.int64)
+            if self._strict and (self._map[numbers].any() or len(np.unique(numbers)) != n):
+                return None
+            # Wrong where a table is, but then the sum is wrong, too, and the strict scan follows.
+            self._map[numbers] = DATA
+        fragmented = jumps + (expected not in (0, first))
+        return n, fragmented, last + geo.cluster_size
+
+    def last_mapped(self, table: Table) -> int:
+        """Index of the last entry that is not 0."""
+        return int(self._np.flatnonzero(self._np.frombuffer(table, dtype=self._np.uint64))[-1])
+
+    def data_clusters(self) -> int:
+        """Clusters of the map that are data and nothing else."""
+        return int(self._np.count_nonzero(self._map == DATA))
+
+
+class Scan:
+    """A scan of the tables of one image.  Nobody changes them meanwhile.
+
+    run() raises StorageError if the L1 table cannot be read, and UnsupportedError for files with too many clusters.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        geometry: Geometry,
+        bounds: Bounds,
+        l1_offset: int,
+        *,
+        report: Callable[[Damage], None] = lambda damage: None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        vectors: bool | None = None,  # None: if numpy is there and the image is large
+    ) -> None:
+        self._storage = storage
+        self._tables = TableIO(storage)
+        self._geometry = geometry
+        self._bounds = bounds
+        self._l1_offset = l1_offset  # bytes
+        self._report = report
+        self._progress = progress
+        self._want_vectors = vectors
+        self._vectors: Vectors | None = None
+        self._expected = 0  # bytes: where the next data cluster would not be fragmented; 0 at a table's start
+        self._claimed = 0  # data clusters that the vectors claimed
+        self.use = ClusterUse(bounds.end >> geometry.l2_shift)
+        self.result = ScanResult()
+
+    def run(self) -> ScanResult:
+        self._read_l1()
+        if self._load_vectors(strict=False):
+            damage: list[Damage] = []
+            report, self._report = self._report, damage.append
+            self._read_l2_tables(stop=1)
+            self._report = report
+            assert self._vectors is not None
+            if damage or self._vectors.data_clusters() != self._claimed:
+                self._restart()
+                self._load_vectors(strict=True)
+                self._read_l2_tables()
+        else:
+            self._read_l2_tables()
+        self._vectors = None  # it holds on to the map
+        self._count_leaks()
+        return self.result
+
+    def _restart(self) -> None:
+        """The map and the counts as they are before the L1 table is read; then read it, quietly."""
+        self._vectors = None
+        self.use = ClusterUse(self.use.clusters)
+        report, self._report = self._report, lambda damage: None
+        self.result = ScanResult()
+        self._read_l1()
+        self._report = report
+
+    def _load_vectors(self, strict: bool) -> bool:
+        wanted = self._want_vectors
+        if wanted is None:
+            wanted = self.result.tables * self._geometry.table_entries >= _VECTOR_ENTRIES
+        self._claimed = 0
+        if wanted:
+            try:
+                self._vectors = Vectors(self._geometry, self._bounds, self.use, strict)
+            except ImportError:
+                self._want_vectors = False
+        return self._vectors is not None
+
+    # -- the L1 table: which L2 tables there are -----------------------------------------------------------------
+
+    def _read_l1(self) -> None:
+        geo, bounds = self._geometry, self._bounds
+        # The header is in cluster 0 even if header_size is 0.
+        for cluster in range(min(max(bounds.start >> geo.l2_shift, 1), self.use.clusters)):
+            self.use.claim(cluster, METADATA)
+        self._claim_table(self._l1_offset)
+        for index, offset in self._l1_entries():
+            if not bounds.valid_table(offset):
+                self._damaged("L1", self._l1_offset, index, offset, index << geo.l1_shift)
+                continue
+            overlap = self._claim_table(offset)
+            if overlap:
+                self.result.corruptions += overlap - 1
+                self._damaged("L1", self._l1_offset, index, offset, index << geo.l1_shift, shared=True)
+            self.result.tables += 1
+
+    def _l1_entries(self) -> Iterator[tuple[int, int]]:
+        """(index, entry) of the L1 entries that are not 0."""
+        for base, table in table_slices(self._storage, self._tables, self._geometry, self._l1_offset):
+            for i, offset in enumerate(table, base):
+                if offset:
+                    yield i, offset
+
+    def _claim_table(self, offset: int) -> int:
+        """Claim the clusters of a table; how many of them were in use already."""
+        first = offset >> self._geometry.l2_shift
+        return sum(not self.use.claim(cluster, METADATA) for cluster in range(first, first + self._geometry.table_size))
+
+    # -- the L2 tables -------------------------------------------------------------------------------------------
+
+    def _read_l2_tables(self, stop: int = 1 << 63) -> None:
+        """Read the tables that the L1 table refers to; give up after `stop` damaged entries."""
+        geo, result = self._geometry, self.result
+        done = 0
+        before = result.corruptions
+        for index, offset in self._l1_entries():
+            if not self._bounds.valid_table(offset) or self._on_l1_table(offset):
+                continue
+            # The same order as in _read_l1, so the same tables come second.
+            first = offset >> geo.l2_shift
+            clusters = range(first, first + geo.table_size)
+            known = [bool(self.use.map[cluster] & READ) for cluster in clusters]
+            for cluster in clusters:
+                self.use.map[cluster] |= READ
+            try:
+                if not all(known):
+                    self._read_l2(index, offset, any(known))
+            except StorageError as error:
+                result.check_errors += 1
+                result.error = error
+            if result.corruptions - before >= stop:
+                return
+            done += 1
+            self._progress(done, result.tables)
+
+    def _on_l1_table(self, offset: int) -> bool:
+        """Surely no L2 table is there."""
+        return abs(offset - self._l1_offset) < self._geometry.table_bytes
+
+    def _read_l2(self, index: int, offset: int, quiet: bool) -> None:
+        """Claim what a table refers to; `quiet` if part of it belongs to another table, which is reported already."""
+        geo, result = self._geometry, self.result
+        pos = index << geo.l1_shift
+        self._expected = 0
+        for base, table in table_slices(self._storage, self._tables, geo, offset):
+            at = pos + (base << geo.l2_shift)
+            claimed = None if quiet or self._vectors is None else self._vectors.claim(table, self._expected)
+            if claimed is not None:
+                assert self._vectors is not None
+                n, fragmented, self._expected = claimed
+                self._claimed += n
+                result.allocated += n
+                result.fragmented += fragmented
+                last = self._vectors.last_mapped(table)
+                result.mapped_end = max(result.mapped_end, at + ((last + 1) << geo.l2_shift))
+            else:
+                self._read_slice(offset, base, table, at, quiet)
+
+    def _read_slice(self, offset: int, base: int, table: Table, pos: int, quiet: bool) -> None:
+        """One entry after the other; `pos` is the first guest position of the slice."""
+        geo, result, bounds, use = self._geometry, self.result, self._bounds, self.use
+        cs, shift, mapped = geo.cluster_size, geo.l2_shift, -1
+        for i, entry in enumerate(table):
+            if entry <= ZERO_CLUSTER:
+                if entry:
+                    mapped = i
+                continue
+            mapped = i
+            valid = bounds.valid_cluster(entry)
+            if quiet:
+                if valid and not use.map[entry >> shift] & _USE:
+                    use.claim(entry >> shift, DATA)
+                continue
+            result.allocated += 1
+            if entry != self._expected:
+                result.fragmented += self._expected != 0
+            self._expected = entry + cs
+            if not valid:
+                self._damaged("L2", offset, base + i, entry, pos + (i << shift))
+            elif use.claim(entry >> shift, DATA):
+                self._claimed += 1
+            else:
+                self._damaged("L2", offset, base + i, entry, pos + (i << shift), shared=True)
+        if mapped >= 0:
+            result.mapped_end = max(result.mapped_end, pos + ((mapped + 1) << shift))
+
+    def _damaged(self, table: str, at: int, index: int, value: int, pos: int, shared: bool = False) -> None:
+        self.result.corruptions += 1
+        past_end = value >= self._bounds.end - (self._geometry.table_bytes if table == "L1" else 0)
+        aligned = not value & self._geometry.cluster_mask
+        self._report(Damage(table, at, index, value, pos, shared, past_end and aligned and not shared))
+
+    def _count_leaks(self) -> None:
+        result = self.result
+        result.file_clusters = self.use.clusters
+        result.end = self.use.last() << self._geometry.l2_shift
+        if not result.check_errors:
+            result.leaks = self.use.clusters - self.use.count()

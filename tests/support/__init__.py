@@ -1,0 +1,1 @@
+"""Test support: image builder and oracle, real servers, QEMU wrappers. Nothing here imports qedcore."""

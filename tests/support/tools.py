@@ -1,0 +1,78 @@
+"""External programs: a missing one skips the test with a reason, or fails it under CI=true."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+PLUGIN = REPO / "plugin" / "qed.py"
+PYTHON = "/usr/bin/python3"  # the interpreter that nbdkit embeds and whose libnbd binding is packaged
+TIMEOUT = 20  # seconds: a hang is a failure, nothing waits this long otherwise
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skip, or fail where everything must be installed."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI must have this: {reason}")
+    pytest.skip(reason)
+
+
+def require(*programs: str) -> None:
+    for program in programs:
+        if shutil.which(program) is None:
+            unavailable(f"{program} is not installed")
+
+
+@dataclass(frozen=True)
+class Result:
+    rc: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+def run(
+    args: Sequence[str | os.PathLike[str]],
+    *,
+    cwd: str | os.PathLike[str] | None = None,
+    env: dict[str, str] | None = None,
+    stdin: str | None = None,
+) -> Result:
+    """Run a program to its end; never raises for its exit code."""
+    argv = [os.fspath(a) for a in args]
+    require(argv[0])
+    done = subprocess.run(
+        argv,
+        cwd=cwd,
+        env=None if env is None else {**os.environ, **env},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=TIMEOUT,
+        check=False,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def run_ok(
+    args: Sequence[str | os.PathLike[str]],
+    *,
+    cwd: str | os.PathLike[str] | None = None,
+    stdin: str | None = None,
+) -> str:
+    """Run a program that must succeed; returns its stdout."""
+    result = run(args, cwd=cwd, stdin=stdin)
+    assert result.rc == 0, f"{args}: rc {result.rc}\n{result.text}"
+    return result.out

@@ -1,0 +1,400 @@
+"""The walk over all tables, and the repair after a crash, on images of the independent builder."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import CHANGES, FailAt, Tap, open_tapped
+from support.patterns import GiB, KiB, MiB, assert_same
+from support.qed_image import F_NEED_CHECK, Built, QedFile, assert_sound
+
+import qedcore
+from qedcore.check import ClusterSet, Walk, WalkResult
+from qedcore.errors import QEDError, StorageError
+from qedcore.header import read_header
+from qedcore.storage.file import FileStorage
+from qedcore.table import TableIO
+
+Image = Callable[..., Built]
+
+
+def walk(path: Path) -> WalkResult:
+    storage = FileStorage(path, writable=False)
+    try:
+        header, geometry, bounds = read_header(storage)
+        return Walk(TableIO(storage), geometry, bounds, header.l1_table_offset).run()
+    finally:
+        storage.close()
+
+
+CS = 64 * KiB
+REACH = 2 * GiB  # of one L2 table at the default geometry
+
+SOUND: dict[str, dict[str, Any]] = {
+    "empty": {},
+    "data": {"layout": "DDD"},
+    "mixed": {"layout": "D-ZZ-DD"},
+    "reversed": {"layout": "DDDD", "reverse": True},
+    "several tables": {"size": 8 * GiB, "layout": {0: "data", 32767: "data", 32768: "data", 100000: "zero"}},
+    "L1 last": {"layout": "DD", "l1_last": True},
+    "header of 3": {"layout": "D", "header_size": 3},
+    "table of 1": {"cluster_size": 4096, "table_size": 1, "layout": {0: "data", 511: "data", 512: "data"}},
+    "past the end of the device": {"size": 2 * CS, "layout": "DDDD"},
+    "leaks": {"layout": "D", "leaks": 3},
+    "several slices": {
+        "cluster_size": MiB,
+        "table_size": 2,
+        "size": 1 << 40,
+        "layout": {0: "data", 131071: "data", 131072: "zero", 200000: "data"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound(image: Image, name: str) -> None:
+    built = image(**SOUND[name])
+    found = walk(built.path)
+    oracle = assert_sound(built.path, leaks=None)
+    assert found.clean
+    assert found.allocated == oracle.allocated == len(built.offsets)
+    assert found.referenced == oracle.file_clusters - len(oracle.leaks)
+    assert found.end == built.end - built.spec.leaks * built.spec.cluster_size
+
+
+# layout options -> data clusters that do not follow the one before
+FRAGMENTED = (
+    ({"layout": "DDD"}, 0),
+    ({"layout": "D--D"}, 0),
+    ({"layout": "DDDD", "reverse": True}, 3),
+    ({"layout": "D-Z", "leaks": 3, "entries": {3: lambda b: b.end - CS}}, 1),
+)
+
+
+@pytest.mark.parametrize(("changes", "count"), FRAGMENTED)
+def test_fragmented(image: Image, changes: dict[str, Any], count: int) -> None:
+    assert walk(image(**changes).path).fragmented == count
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A damaged entry that the walk must find: guest position, table and kind."""
+
+    table: str
+    pos: int
+    kind: str  # "crash" (past the end), "shared" or "wild"
+
+
+def kind_of(damage: Any) -> str:
+    return "shared" if damage.shared else "crash" if damage.past_end else "wild"
+
+
+# name -> (spec, damage in the order of guest positions)
+DAMAGED: dict[str, tuple[dict[str, Any], list[Bad]]] = {
+    "L2 at the end": ({"layout": "D", "entries": {1: lambda b: b.end}}, [Bad("L2", CS, "crash")]),
+    "L2 far past the end": ({"layout": "D", "entries": {7: 1 << 40}}, [Bad("L2", 7 * CS, "crash")]),
+    "L2 at 2**64 - 1 cluster": ({"entries": {0: 2**64 - CS}}, [Bad("L2", 0, "crash")]),
+    "L2 unaligned": ({"layout": "D", "entries": {1: 6 * CS + 512}}, [Bad("L2", CS, "wild")]),
+    "L2 unaligned past the end": ({"entries": {1: (1 << 40) + 1}}, [Bad("L2", CS, "wild")]),
+    "L2 is 2": ({"entries": {0: 2}}, [Bad("L2", 0, "wild")]),
+    "L2 in the header": ({"header_size": 2, "entries": {0: CS}}, [Bad("L2", 0, "wild")]),
+    "L2 in the L1 table": ({"entries": {0: 4 * CS}}, [Bad("L2", 0, "shared")]),
+    "L2 in its own table": ({"entries": {0: lambda b: b.l2_offsets[0] + CS}}, [Bad("L2", 0, "shared")]),
+    "two L2 on one cluster": ({"layout": "D", "entries": {9: lambda b: b.offsets[0]}}, [Bad("L2", 9 * CS, "shared")]),
+    "last entry of a table": (
+        {"size": 4 * GiB, "layout": {32768: "data"}, "entries": {32767: lambda b: b.end}},
+        [Bad("L2", REACH - CS, "crash")],
+    ),
+    "past the end of the device": (
+        {"size": 2 * CS, "layout": "D", "entries": {30000: lambda b: b.offsets[0], 30001: 3}},
+        [Bad("L2", 30000 * CS, "shared"), Bad("L2", 30001 * CS, "wild")],
+    ),
+    "L1 at the end": ({"size": 4 * GiB, "l1_entries": {1: lambda b: b.end}}, [Bad("L1", REACH, "crash")]),
+    "L1 straddles the end": (
+        {"size": 4 * GiB, "leaks": 3, "l1_entries": {1: lambda b: b.end - 3 * CS}},
+        [Bad("L1", REACH, "crash")],
+    ),
+    "L1 ends with the file": ({"size": 4 * GiB, "leaks": 4, "l1_entries": {1: lambda b: b.end - 4 * CS}}, []),
+    "L1 at 2**64 - 1 table": ({"l1_entries": {0: 2**64 - 4 * CS}}, [Bad("L1", 0, "crash")]),
+    "L1 is 1": ({"layout": "", "l1_entries": {0: 1}}, [Bad("L1", 0, "wild")]),
+    "L1 unaligned": ({"layout": "D", "l1_entries": {1: 6 * CS + 8}}, [Bad("L1", REACH, "wild")]),
+    "L1 in the header": ({"header_size": 2, "l1_entries": {5: CS}}, [Bad("L1", 5 * REACH, "wild")]),
+    "L1 on the L1 table": ({"l1_entries": {0: CS}}, [Bad("L1", 0, "shared")]),
+    "two L1 on one table": (
+        {"size": 4 * GiB, "layout": "D", "l1_entries": {1: lambda b: b.l2_offsets[0]}},
+        [Bad("L1", REACH, "shared")],
+    ),
+    "L1 overlaps a table": (
+        {"size": 4 * GiB, "layout": "D", "leaks": 4, "l1_entries": {1: lambda b: b.l2_offsets[0] + CS}},
+        [Bad("L1", REACH, "shared")],
+    ),
+    "L1 on data": (
+        {"size": 4 * GiB, "layout": "D", "l1_entries": {1: lambda b: b.offsets[0]}},
+        [Bad("L1", REACH, "shared")],
+    ),
+    "L1 past the end of the device": ({"size": CS, "l1_entries": {9: 1 << 40}}, [Bad("L1", 9 * REACH, "crash")]),
+    "data on a table that comes later": (
+        {"size": 4 * GiB, "layout": {0: "data", 32768: "data"}, "entries": {1: lambda b: b.l2_offsets[1] + CS}},
+        [Bad("L1", REACH, "shared")],  # whoever is second
+    ),
+    "in a later slice": (
+        {
+            "cluster_size": MiB,
+            "table_size": 2,
+            "size": 1 << 40,
+            "layout": {0: "data"},
+            "entries": {131071: 5, 131072: lambda b: b.offsets[0], 262143: lambda b: b.end},
+        },
+        [Bad("L2", 131071 * MiB, "wild"), Bad("L2", 131072 * MiB, "shared"), Bad("L2", 262143 * MiB, "crash")],
+    ),
+    "clusters at multiples of cluster_size - 1": (  # QEMU misses a table that straddles one (B12)
+        {
+            "cluster_size": 4096,
+            "table_size": 2,
+            "size": 2 * 4 * MiB,
+            "layout": {n: "data" for n in range(0, 1024)},
+            "leaks": 3200,
+            "l1_entries": {1: 4094 * 4096},
+            "entries": {5: 4095 * 4096},
+        },
+        [Bad("L1", 4 * MiB, "shared")],
+    ),
+    "several": (
+        {"layout": "DD", "entries": {2: 7, 3: lambda b: b.end, 4: lambda b: b.offsets[1]}},
+        [Bad("L2", 2 * CS, "wild"), Bad("L2", 3 * CS, "crash"), Bad("L2", 4 * CS, "shared")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage(image: Image, name: str) -> None:
+    spec, bad = DAMAGED[name]
+    built = image(**spec)
+    before = built.path.read_bytes() if built.end < 32 * MiB else b""
+    found = walk(built.path)
+    assert [Bad(damage.table, damage.pos, kind_of(damage)) for damage in found.damage] == bad
+    with QedFile(built.path) as oracle:
+        assert bool(oracle.verify().errors) is bool(bad)
+        for damage in found.damage:  # place and value are those in the file
+            index, slot = divmod(damage.pos // built.spec.cluster_size, built.spec.geometry.entries)
+            at = damage.table_offset
+            want = (built.l1_offset, index) if damage.table == "L1" else (oracle.l1[index], slot)
+            assert (at, damage.index) == want
+            value = oracle.l1[index] if damage.table == "L1" else oracle.l2_table(at)[slot]
+            assert damage.value == value
+            text = str(damage)
+            assert f"{damage.table} entry {damage.index} at {at + damage.index * 8:#x}" in text
+            assert f"{value:#x}" in text and f"{damage.pos:#x}" in text and "\n" not in text
+    assert not before or built.path.read_bytes() == before
+
+
+def test_unreadable_table(image: Image) -> None:
+    built = image(layout="D")
+    for n in range(2, 5):  # after the header: L1, L2
+        storage = Tap(FileStorage(built.path, False), FailAt(n, ["pread"], errno.ENXIO))
+        try:
+            header, geometry, bounds = read_header(storage)
+            target = Walk(TableIO(storage), geometry, bounds, header.l1_table_offset)
+            if n == 4:
+                target.run()
+            else:
+                with pytest.raises(StorageError) as caught:
+                    target.run()
+                assert caught.value.errno == errno.ENXIO
+        finally:
+            storage.close()
+
+
+def test_cluster_set() -> None:
+    used = ClusterSet()
+    numbers = [0, 1, 7, 8, 32767, 32768, 32769, 65535, 1 << 20, (1 << 51) - 1]
+    assert all(used.add(n) for n in numbers)
+    assert not any(used.add(n) for n in numbers)
+    assert all(used.add(n) for n in (2, 9, 32766, 1 << 40))
+
+
+# Repair: what a writable open of an image with NEED_CHECK does
+
+
+def entries(path: Path) -> tuple[dict[int, int], dict[int, int]]:
+    """Nonzero L1 entries, and L2 entries by guest cluster where there is a table."""
+    with QedFile(path) as file:
+        first = file.header["header_size"] * file.geometry.cluster_size
+        found = {}
+        for index, offset in file.l1.items():
+            aligned = offset % file.geometry.cluster_size == 0
+            if aligned and first <= offset <= file.length - file.geometry.table_bytes:
+                for slot, value in file.l2_table(offset).items():
+                    found[index * file.geometry.entries + slot] = value
+        return dict(file.l1), found
+
+
+def repair(path: Path) -> list[str]:
+    """Open for writing and close; the notices."""
+    notices: list[str] = []
+    qedcore.open_image(path, log=notices.append).close()
+    return notices
+
+
+def dirty(spec: dict[str, Any]) -> dict[str, Any]:
+    return {**spec, "features": F_NEED_CHECK}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_repair(image: Image, name: str) -> None:
+    """Impossible entries go, shared clusters stay with NEED_CHECK, all else is untouched."""
+    spec, bad = DAMAGED[name]
+    built = image(**dirty(spec))
+    length = built.path.stat().st_size
+    l1, l2 = entries(built.path)
+    end = walk(built.path).end
+    notices = repair(built.path)
+    for damage in bad:
+        if damage.kind != "shared":
+            index = damage.pos // built.spec.cluster_size
+            table = l1 if damage.table == "L1" else l2
+            del table[index // built.spec.geometry.entries if damage.table == "L1" else index]
+    assert entries(built.path) == (l1, l2)
+    kinds = {damage.kind for damage in bad}
+    with QedFile(built.path) as file:
+        assert file.need_check is ("shared" in kinds)
+    assert built.path.stat().st_size == (end if kinds <= {"crash"} else length)
+    text = "\n".join(notices)
+    for damage in bad:
+        assert f"guest position {damage.pos:#x}" in text
+    assert ("cannot repair" in text) is ("shared" in kinds)
+    if "shared" not in kinds:
+        assert_sound(built.path, leaks=None)
+        before = built.path.read_bytes() if length < 32 * MiB else b""
+        assert repair(built.path) == []  # once is enough
+        assert not before or built.path.read_bytes() == before
+
+
+# (leaks, trailing bytes, cut) of an image without damage -> it loses all unreferenced bytes
+TAILS = {"nothing": (0, 0, 0), "leaks": (3, 0, 0), "partial": (0, 777, 0), "both": (2, 5000, 0), "cut": (0, 0, 511)}
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_tail_of_a_crash_is_given_back(image: Image, name: str) -> None:
+    leaks, trailing, cut = TAILS[name]
+    spec = {"layout": "D-ZD", "leaks": leaks, "trailing": b"t" * trailing}
+    built = image(**dirty(spec))
+    end = built.end - leaks * CS
+    if cut:
+        with built.path.open("r+b") as f:
+            f.truncate(end - cut)
+    repair(built.path)
+    assert built.path.stat().st_size == end - cut
+    report = assert_sound(built.path) if not cut else None
+    assert report is None or report.leaks == []
+    with qedcore.open_image(built.path, writable=False) as img:
+        assert not img.header.need_check
+        assert_same(img.pread(MiB, 0), built.read(0, MiB))
+
+
+def test_clusters_after_the_repair_do_not_collide(image: Image) -> None:
+    """The allocator goes on where the repaired file ends, not where it ended before."""
+    spec = {"layout": "DD", "leaks": 5, "entries": {2: lambda b: b.end}}
+    built = image(**dirty(spec))
+    with qedcore.open_image(built.path) as img:
+        img.pwrite(b"n" * CS, 3 * CS)
+        img.pwrite(b"m" * CS, 2 * CS)
+        assert_same(img.pread(2 * CS, 0), built.read(0, 2 * CS))
+    assert_sound(built.path)
+    with QedFile(built.path) as file:
+        assert_same(file.read(2 * CS, 2 * CS), b"m" * CS + b"n" * CS)
+        assert_same(file.read(0, 2 * CS), built.read(0, 2 * CS))
+
+
+def test_readers_repair_nothing(image: Image) -> None:
+    built = image(**dirty({"layout": "D", "entries": {1: lambda b: b.end}, "leaks": 1}))
+    before = built.path.read_bytes()
+    qedcore.open_image(built.path, writable=False).close()
+    assert built.path.read_bytes() == before
+
+
+def test_clean_images_are_not_walked(image: Image) -> None:
+    """Damage without NEED_CHECK is for `qed check`."""
+    built = image(layout="D", entries={1: lambda b: b.end}, leaks=1)
+    before = built.path.read_bytes()
+    assert repair(built.path) == []
+    assert built.path.read_bytes() == before
+
+
+INTERRUPTED = {
+    "crash": {"layout": "DD", "leaks": 2, "entries": {n: lambda b: b.end for n in (3, 70, 5000)}},
+    "crash in two tables": {
+        "size": 6 * GiB,
+        "layout": {0: "data", 32768: "data"},
+        "l1_entries": {2: lambda b: b.end},
+        "entries": {9: lambda b: b.end + CS, 32769: lambda b: b.end + 2 * CS},
+        "trailing": b"t" * 5000,
+    },
+    "wild": {"layout": "DD", "leaks": 2, "entries": {3: 5, 70: 6 * CS + 1}},
+    "shared": {"layout": "DD", "leaks": 2, "entries": {3: lambda b: b.offsets[0], 70: lambda b: b.end}},
+    "wild and crash": {"layout": "DD", "leaks": 2, "entries": {3: 5, 70: lambda b: b.end}},
+    "crash and wild": {"layout": "DD", "leaks": 2, "entries": {3: lambda b: b.end, 70: 5}},
+    "no damage": {"layout": "D", "leaks": 2},
+    "autoclear": {"layout": "D", "leaks": 2, "autoclear_features": 9, "entries": {3: lambda b: b.end}},
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_interrupted_repair_is_repeated(image: Image, tmp_path: Path, name: str, late: bool) -> None:
+    """Whichever change fails (undone or done), the next open ends where one without failure does."""
+    built = image(**dirty(INTERRUPTED[name]))
+    expected = tmp_path / "expected.qed"
+    shutil.copy(built.path, expected)
+    repair(expected)
+    want = expected.read_bytes()
+    wrong = []
+    for n in range(1, 100):
+        victim = tmp_path / "victim.qed"
+        shutil.copy(built.path, victim)
+        fault = FailAt(n, CHANGES, errno.ENOSPC, late)
+        try:
+            img, _ = open_tapped(victim, fault)
+        except QEDError as error:
+            assert error.errno == errno.ENOSPC
+        else:
+            fault.armed = False
+            img.close()
+            assert fault.hit is None, "the failure of a repair must fail the open"
+            break
+        with QedFile(victim) as file:
+            # Only the very last steps may have cleared it.
+            assert file.need_check or (late and fault.hit.name == "pwrite") or fault.hit.name == "flush"
+        repair(victim)
+        if victim.read_bytes() != want:
+            wrong.append((n, fault.hit, victim.stat().st_size, len(want)))
+    assert n > 2
+    assert not wrong
+
+
+def test_read_error_keeps_need_check(image: Image) -> None:
+    """Not even the good half is changed when a table cannot be read."""
+    built = image(**dirty({"size": 4 * GiB, "layout": {0: "data", 32768: "data"}, "entries": {1: 5, 32769: 6}}))
+    before = built.path.read_bytes()
+    failed = 0
+    for n in range(1, 50):
+        fault = FailAt(n, ["pread"])
+        try:
+            img, _ = open_tapped(built.path, fault)
+        except QEDError as error:
+            assert error.errno == errno.EIO
+            failed += 1
+        else:
+            img.close()
+            break
+        with QedFile(built.path) as file:
+            assert file.need_check
+        if fault.hit.offset < built.l2_offsets[1]:
+            assert built.path.read_bytes() == before
+    assert failed >= 4
+    assert_sound(built.path)

@@ -1,0 +1,737 @@
+"""The read, write and zero state machine: what the guest sees, what goes to disk in which order, and after errors."""
+
+from __future__ import annotations
+
+import errno
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import CHANGES, Call, FailAt, Gate, Hook, Job, Tap, open_tapped
+from support.patterns import GiB, KiB, MiB, Model, assert_same, check_model, random_ops, stamp
+from support.qed_image import Built, Geometry, QedFile, assert_sound, raw_reader
+
+import qedcore
+from qedcore.errors import QEDError, ReadOnlyError, RequestError, ShutdownError, StorageError
+
+Image = Callable[..., Built]
+CS = 64 * KiB
+BASE = 9  # tag of backing data
+
+
+# Boundary matrix
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A geometry, a device that ends in the middle of a cluster, and the positions where something changes."""
+
+    geometry: Geometry
+    size: int  # bytes
+    edges: tuple[int, ...]  # bytes
+    n: int  # bytes: the unit of lengths
+
+    def __str__(self) -> str:
+        return str(self.geometry)
+
+
+def shape(cluster_size: int, table_size: int, extra: int, n: int) -> Shape:
+    geometry = Geometry(cluster_size, table_size)
+    reach = geometry.l2_span
+    size = reach + extra
+    edges = [2 * cluster_size, reach, size]
+    if geometry.table_bytes > MiB:  # a table of several slices
+        edges.insert(1, MiB // 8 * cluster_size)
+    return Shape(geometry, size, tuple(edges), n)
+
+
+SHAPES = (
+    shape(4 * KiB, 1, 5 * 4 * KiB + 1536, 4 * KiB),
+    shape(64 * KiB, 4, 5 * 64 * KiB + 512, 64 * KiB),
+    shape(2 * MiB, 2, 4 * MiB + 512, 8 * KiB),
+    shape(64 * MiB, 16, 130 * MiB, 4 * KiB),
+)
+POSITIONS = (-2, -1, 0, 1)  # in units of n from the edge, and a byte to either side
+LENGTHS = ((0, 1), (1, -1), (1, 0), (1, 1), (2, -1), (2, 1))  # (units of n, bytes)
+
+
+def cases(s: Shape, edge: int) -> Iterator[tuple[int, int]]:
+    """(pos, length) at and across the edge, inside the device."""
+    for unit in POSITIONS:
+        for byte in (-1, 0, 1):
+            for units, bytes_ in LENGTHS:
+                pos, length = edge + unit * s.n + byte, units * s.n + bytes_
+                if 0 <= pos and pos + length <= s.size:
+                    yield pos, length
+
+
+def kinds_around(rng: random.Random, s: Shape, edge: int) -> dict[int, str]:
+    """A kind for each cluster near the edge; in about every second case one of the tables is missing."""
+    middle, cs = edge // s.geometry.cluster_size, s.geometry.cluster_size
+    last = (s.size - 1) // cs
+    near = [c for c in range(middle - 3, middle + 4) if 0 <= c <= last]
+    gone = rng.choice([None, None, *sorted({c // s.geometry.entries for c in near})])
+    kinds = {}
+    for cluster in near:
+        kind = rng.choice(["data", "zero", "-"])
+        if cluster // s.geometry.entries != gone:
+            kinds[cluster] = kind
+    return kinds
+
+
+def make_base(rng: random.Random, path: Path, s: Shape, edge: int) -> None:
+    """A sparse raw file with data around the edge, which ends before, at or after it."""
+    length = max(0, edge + rng.choice([-4, -1, 0, 1, 4]) * s.n + rng.choice([0, 1, 77, 512]))
+    first = max(0, edge - 4 * s.n)
+    with path.open("wb") as f:
+        f.truncate(length)
+        if first < length:
+            f.seek(first)
+            f.write(stamp(BASE, first, length - first))
+
+
+PLACES = [
+    (s, edge, backing)
+    for s in SHAPES
+    for edge in s.edges
+    for backing in (False, True)
+    if not backing or edge < 15 << 40  # the backing file is a raw one: file systems have limits
+]
+
+
+@pytest.mark.parametrize(("s", "edge", "backing"), PLACES, ids=str)
+def test_boundaries(image: Image, tmp_path: Path, rng: random.Random, s: Shape, edge: int, backing: bool) -> None:
+    """Each write and each zero on an image of its own, whose clusters are of random kinds."""
+    cs = s.geometry.cluster_size
+    todo = list(cases(s, edge))
+    # Another part of the matrix with every seed; with 64 MiB a backing file is expensive.
+    for pos, length in rng.sample(todo, min(len(todo), 4 if cs > 2 * MiB and backing else 30)):
+        zero = rng.random() < 0.4
+        spec: dict[str, Any] = {"cluster_size": cs, "table_size": s.geometry.table_size, "size": s.size}
+        base = tmp_path / "base.raw"
+        if backing:
+            make_base(rng, base, s, edge)
+            spec |= {"backing": "base.raw", "no_probe": True}
+        built = image(layout=kinds_around(rng, s, edge), **spec)
+        below = raw_reader(base) if backing else None
+        model = Model(s.size, lambda p, n: built.read(p, n, below) if below else built.read(p, n))  # noqa: B023
+        lo = max(0, pos - 2 * s.n)
+        around = min(s.size, pos + length + 2 * s.n) - lo
+        what = f"{'zero' if zero else 'write'} {length} at {pos:#x} (edge {edge:#x}), {built.kinds}"
+        with qedcore.open_image(built.path) as img:
+            if zero:
+                img.zero(pos, length)
+                model.zero(pos, length)
+            else:
+                img.pwrite(stamp(5, pos, length), pos)
+                model.write(pos, stamp(5, pos, length))
+            assert img.pread(around, lo) == model.read(lo, around), what
+            assert img.pread(length, pos) == model.read(pos, length), what
+        report = assert_sound(built.path)
+        assert report.leaks == [], what
+        with QedFile(built.path) as file:
+            assert file.read(lo, around) == model.read(lo, around), what
+
+
+@pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
+@pytest.mark.parametrize(
+    ("geometry", "size"),
+    [(Geometry(4 * KiB, 1), 5 * MiB + 512), (Geometry(64 * KiB, 4), 3 * MiB + 512), (Geometry(MiB, 2), 9 * MiB)],
+    ids=str,
+)
+def test_random_requests(
+    image: Image, tmp_path: Path, rng: random.Random, geometry: Geometry, size: int, backing: bool
+) -> None:
+    """Many requests on one image, closed and opened again now and then."""
+    spec: dict[str, Any] = {"cluster_size": geometry.cluster_size, "table_size": geometry.table_size, "size": size}
+    base = tmp_path / "base.raw"
+    base.write_bytes(stamp(BASE, 0, size * 2 // 3 + 100))
+    if backing:
+        spec |= {"backing": "base.raw"}
+    built = image(layout="D-Z-", **spec)
+    model = Model(size, lambda pos, n: built.read(pos, n, raw_reader(base)) if backing else built.read(pos, n))
+    for _ in range(3):
+        with qedcore.open_image(built.path) as img:
+            for op in random_ops(rng, size, geometry.cluster_size, 60, align=rng.choice([1, 512])):
+                op.apply(model)
+                img.zero(op.pos, op.length) if op.kind == "zero" else img.pwrite(op.data, op.pos)
+                lo = max(0, op.pos - 700)
+                n = min(size - lo, op.length + 1400)
+                assert_same(img.pread(n, lo), model.read(lo, n), lo)
+            check_model(model, lambda pos, n: img.pread(n, pos))  # noqa: B023
+        assert_sound(built.path)
+        with QedFile(built.path) as file:
+            check_model(model, file.read)
+
+
+# What may be asked for
+
+
+@pytest.mark.parametrize(
+    ("pos", "length", "good"),
+    [(0, 0, True), (MiB, 0, True), (MiB - 1, 1, True), (0, MiB, True), (MiB, 1, False), (MiB - 1, 2, False),
+     (-1, 1, False), (-1, 0, False), (MiB + 1, 0, False), (0, MiB + 1, False), (1 << 63, 1, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", ["", "D" * 16, "Z" * 16])
+def test_range(image: Image, layout: str, pos: int, length: int, good: bool) -> None:
+    built = image(size=MiB, layout=layout)
+    before = built.path.read_bytes()
+    with qedcore.open_image(built.path) as img:
+        for _ in range(2):  # without and with the table in the cache
+            for request in (
+                lambda: img.pread(length, pos),
+                lambda: img.extents(pos, length),
+                lambda: img.pwrite(stamp(1, max(pos, 0), length) if layout[:1] == "D" else bytes(length), pos),
+                lambda: img.zero(pos, length if layout[:1] != "D" else 0) if good else img.zero(pos, length),
+            ):
+                if good:
+                    request()
+                else:
+                    with pytest.raises(RequestError, match="outside the device of 1048576 bytes") as caught:
+                        request()
+                    assert caught.value.errno == errno.EINVAL
+    if not good or not length:
+        assert built.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("layout", ["D", "Z", "-", ""])
+def test_read_only(image: Image, layout: str) -> None:
+    built = image(layout=layout)
+    before = built.path.read_bytes()
+    with qedcore.open_image(built.path, writable=False) as img:
+        for _ in range(2):
+            for request in (lambda: img.pwrite(b"x", 0), lambda: img.zero(0, 1), lambda: img.zero(0, CS)):
+                with pytest.raises(ReadOnlyError) as caught:
+                    request()
+                assert caught.value.errno == errno.EROFS
+            img.pread(CS, 0)
+            img.flush()
+    assert built.path.read_bytes() == before
+
+
+def test_closed(image: Image) -> None:
+    img = qedcore.open_image(image(layout="D").path)
+    img.pread(1, 0)
+    img.close()
+    img.close()
+    for request in (
+        lambda: img.pread(1, 0),
+        lambda: img.pread(0, 0),
+        lambda: img.pwrite(b"x", 0),
+        lambda: img.pwrite(b"x" * CS, CS),
+        lambda: img.zero(0, 1),
+        lambda: img.extents(0, 1),
+    ):
+        with pytest.raises(ShutdownError) as caught:
+            request()
+        assert caught.value.errno == errno.ESHUTDOWN
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_buffers(image: Image, kind: Callable[[bytes], Any]) -> None:
+    with qedcore.open_image(image().path) as img:
+        img.pwrite(kind(b"hello" * 1000), 100)
+        img.pwrite(kind(b"world" * 1000), 100)
+        buf = bytearray(5010)
+        img.pread_into(memoryview(buf)[5:5005], 100)
+        assert buf == bytes(5) + b"world" * 1000 + bytes(5)
+
+
+@pytest.mark.parametrize(("mode", "fua", "flushes"), [("writeback", False, 0), ("writeback", True, 1),
+                                                      ("writethrough", False, 1)])  # fmt: skip
+def test_fua(image: Image, mode: str, fua: bool, flushes: int) -> None:
+    """Once, after everything that the request wrote."""
+    img, tap = open_tapped(image(layout="D").path, cache=mode)
+    with img:
+        for request in (lambda: img.pwrite(b"x" * 100, 0, fua=fua), lambda: img.zero(0, 100, fua=fua)):
+            tap.log.clear()
+            request()
+            assert [call.name for call in tap.log] == ["pwrite"] + ["flush"] * flushes
+        tap.log.clear()
+        img.pwrite(b"x" * CS, CS, fua=fua)
+        assert (tap.log[-1].name == "flush") is bool(flushes)
+
+
+# What goes to disk, in order.  Offsets in clusters of the default image: header 0, L1 1-4.
+
+SET = ("pwrite", 0, 64)
+FLUSH = ("flush", 0, 0)
+GROW = ("truncate",)
+
+
+def logged(tap: Tap) -> list[tuple[Any, ...]]:
+    out: list[tuple[Any, ...]] = []
+    for call in tap.log:
+        out.append(GROW if call.name == "truncate" else ("pwrite" if call.name == "pwritev" else call.name, *call[1:]))
+    tap.log.clear()
+    return out
+
+
+@pytest.fixture
+def tapped(image: Image, tmp_path: Path) -> Iterator[Callable[..., tuple[qedcore.QEDImage, Tap, Built]]]:
+    opened = []
+
+    def make(hook: Hook | None = None, backing: int = 0, **spec: Any) -> tuple[qedcore.QEDImage, Tap, Built]:
+        """backing: bytes of a raw file under the image, 0 for none."""
+        if backing:
+            (tmp_path / "base.raw").write_bytes(stamp(BASE, 0, backing))
+            spec |= {"backing": "base.raw", "no_probe": True}
+        built = image(**spec)
+        img, tap = open_tapped(built.path, hook)
+        opened.append((img, tap))
+        tap.log.clear()
+        return img, tap, built
+
+    yield make
+    for img, tap in opened:
+        tap.hook = None
+        try:
+            img.close()
+        except QEDError:
+            pass
+
+
+Tapped = Callable[..., tuple[qedcore.QEDImage, Tap, Built]]
+
+
+def test_first_write(tapped: Tapped) -> None:
+    """The flag, durable; data; the table, durable with its data; the L1 entry.  Fresh clusters are not filled."""
+    img, tap, _ = tapped()
+    img.pwrite(b"x" * 4096, 4096)
+    data, table = 5 * CS, 6 * CS
+    assert logged(tap) == [
+        SET, FLUSH, GROW, ("pwrite", data + 4096, 4096), ("pwrite", table, 512), FLUSH, ("pwrite", CS, 512),
+    ]  # fmt: skip
+
+
+def test_later_writes(tapped: Tapped) -> None:
+    img, tap, built = tapped(layout="D")
+    end = built.end
+    img.pwrite(b"x" * 4096, 4096)
+    assert logged(tap) == [("pwrite", built.offsets[0] + 4096, 4096)]  # in place: the data and nothing else
+    img.pwrite(b"x" * 3 * CS, 70 * CS + 100)  # table exists: no flush without a backing file
+    table = built.l2_offsets[0]
+    assert logged(tap) == [SET, FLUSH, GROW, ("pwrite", end + 100, 3 * CS), ("pwrite", table + 512, 512)]
+    img.pwrite(b"x" * CS, 63 * CS)  # one period, one flag
+    assert logged(tap) == [("pwrite", end + 4 * CS, CS), ("pwrite", table, 512)]
+    img.pwrite(b"x" * 4 * CS, 126 * CS)  # entries in two sectors: one write
+    assert logged(tap) == [("pwrite", end + 5 * CS, 4 * CS), ("pwrite", table + 512, 1024)]
+
+
+@pytest.mark.parametrize(("layout", "pos"), [("D-", CS), ("DZ", CS), ("D", 40 * CS)], ids=["none", "zero", "far"])
+def test_with_backing_data_is_durable_before_its_entry(tapped: Tapped, layout: str, pos: int) -> None:
+    img, tap, built = tapped(layout=layout, backing=MiB)
+    img.pwrite(b"x" * 1000, pos + 500)
+    log = logged(tap)
+    assert log[:3] == [SET, FLUSH, GROW]
+    data, flush, link = log[3:]
+    assert data[0] == "pwrite" and built.end <= data[1] < built.end + CS
+    assert (flush, link) == (FLUSH, ("pwrite", built.l2_offsets[0], 512))
+
+
+def test_missing_table_with_backing(tapped: Tapped) -> None:
+    img, tap, built = tapped(backing=MiB)
+    img.pwrite(b"x" * 1000, 500)
+    assert logged(tap) == [
+        SET, FLUSH, GROW, ("pwrite", built.end, CS), ("pwrite", built.end + CS, 512), FLUSH, ("pwrite", CS, 512),
+    ]  # fmt: skip
+
+
+def test_write_across_two_tables(tapped: Tapped) -> None:
+    img, tap, built = tapped(size=4 * GiB)
+    img.pwrite(b"x" * 2 * CS, 2 * GiB - CS)
+    first, second = built.end, built.end + 5 * CS
+    assert logged(tap) == [
+        SET, FLUSH, GROW, ("pwrite", first, CS), ("pwrite", first + CS + 4 * CS - 512, 512), FLUSH, ("pwrite", CS, 512),
+        ("pwrite", second, CS), ("pwrite", second + CS, 512), FLUSH, ("pwrite", CS, 512),
+    ]  # fmt: skip
+
+
+def test_close_of_a_clean_image_writes_nothing(tapped: Tapped) -> None:
+    img, tap, _ = tapped(layout="D")
+    img.pwrite(b"x", 0)
+    img.pread(MiB, 0)
+    tap.log.clear()
+    img.close()
+    assert {call.name for call in tap.log} <= {"flush"}
+
+
+def test_close_after_a_write(tapped: Tapped) -> None:
+    img, tap, _ = tapped()
+    img.pwrite(b"x", 0)
+    tap.log.clear()
+    img.close()
+    assert logged(tap)[:4] == [GROW, FLUSH, SET, FLUSH]  # 64 bytes of header, now without the flag
+
+
+# Zero clusters and zeroing
+
+
+@pytest.mark.parametrize("length", [1, 512, 4096, CS - 1])
+@pytest.mark.parametrize("start", [0, 1, 512, 4096])
+def test_write_into_a_zero_cluster_over_data(tapped: Tapped, start: int, length: int) -> None:
+    """B1: QEMU fills the rest of the cluster from the backing file, whose data comes back from the dead."""
+    img, _, built = tapped(layout="-Z-", backing=MiB)
+    length = min(length, CS - start)
+    img.pwrite(b"x" * length, CS + start)
+    want = bytearray(CS)
+    want[start : start + length] = b"x" * length
+    assert_same(img.pread(3 * CS, 0), stamp(BASE, 0, CS) + bytes(want) + stamp(BASE, 2 * CS, CS))
+    img.close()
+    with QedFile(built.path) as file:
+        assert_same(file.read(CS, CS), bytes(want))
+
+
+# layout, backing (bytes), (pos, length) -> entries afterwards: D data, Z zero cluster, - nothing; writes of data?
+ZEROED: dict[str, tuple[str, int, tuple[int, int], str, bool]] = {
+    "nothing, alone": ("- -", 0, (0, 3 * CS), "---", False),
+    "no table, alone": ("", 0, (0, 3 * CS), "---", False),
+    "part of nothing, alone": ("-", 0, (5, 100), "---", False),
+    "zero clusters": ("ZZZ", MiB, (0, 3 * CS), "ZZZ", False),
+    "part of a zero cluster": ("-Z-", MiB, (CS + 5, 100), "-Z-", False),
+    "whole clusters": ("---", MiB, (CS, 2 * CS), "-ZZ", False),
+    "whole cluster, no table": ("", MiB, (CS, CS), "-Z-", False),
+    "head": ("---", MiB, (100, 2 * CS - 100), "DZ-", True),
+    "tail": ("---", MiB, (CS, CS + 100), "-ZD", True),
+    "both": ("---", MiB, (1, 3 * CS - 2), "DZD", True),
+    "inside one cluster": ("---", MiB, (CS + 1, CS - 2), "-D-", True),
+    "across two, none whole": ("---", MiB, (CS - 1, 2), "DD-", True),
+    "data": ("DDD", MiB, (CS, CS), "DDD", True),
+    "data and nothing": ("D--", MiB, (0, 3 * CS), "DZZ", True),
+    "past the backing file": ("---", CS, (CS, 2 * CS), "---", False),
+    "part, past the backing file": ("---", CS, (CS + 7, 100), "---", False),
+    "across the end of the backing file": ("---", CS + 1, (CS, 2 * CS), "-ZZ", False),
+}
+
+
+@pytest.mark.parametrize("name", ZEROED)
+def test_zero(tapped: Tapped, name: str) -> None:
+    layout, backing, (pos, length), after, writes = ZEROED[name]
+    img, tap, built = tapped(layout=layout, backing=backing)
+    before = img.pread(4 * CS, 0)
+    img.zero(pos, length)
+    data = [call for call in tap.log if call.name.startswith("pwrite") and call.offset >= built.end]
+    in_place = [call for call in tap.log if call.offset in range(built.offsets.get(1, 0), built.end) and call.offset]
+    if not writes:
+        # Only the flag and tables: at most a new table, no data.
+        assert len(data) <= ("Z" in after and not layout)
+    if after == "---":
+        assert tap.log == []  # no metadata where it reads as zeros anyhow
+    if "D" in layout and "D" == after[pos // CS]:
+        assert in_place or pos < CS  # the cluster is kept
+    want = before[:pos] + bytes(length) + before[pos + length :]
+    assert_same(img.pread(4 * CS, 0), want)
+    img.close()
+    assert_sound(built.path)
+    with QedFile(built.path) as file:
+        entries = [file.entry(cluster) for cluster in range(3)]
+        assert_same(file.read(0, 4 * CS), want)
+    assert "".join("-" if entry == 0 else "Z" if entry == 1 else "D" for entry in entries) == after
+
+
+@pytest.mark.parametrize("tail", [512, 8192, CS - 512, CS])
+@pytest.mark.parametrize("start", [0, CS])
+def test_zero_to_the_end_of_the_device(tapped: Tapped, tail: int, start: int) -> None:
+    """The last cluster counts as whole where the device ends in it: what lies behind does not matter."""
+    size = 2 * CS + tail
+    img, tap, built = tapped(layout="---", size=size, backing=MiB)
+    img.zero(start, size - start)
+    assert not [call for call in tap.log if call.name == "pwritev"]
+    assert_same(img.pread(size, 0), stamp(BASE, 0, start) + bytes(size - start))
+    img.close()
+    with QedFile(built.path) as file:
+        assert [file.entry(n) for n in range(3)] == [0 if n * CS < start else 1 for n in range(3)]
+        assert_same(file.read(0, size), stamp(BASE, 0, start) + bytes(size - start))
+    assert_sound(built.path)
+
+
+def test_zero_of_much_data(tapped: Tapped) -> None:
+    """More than one piece of zeros at a time, clusters in several runs."""
+    size = 5 * MiB + 512
+    img, tap, built = tapped(layout={n: "data" for n in range(81) if n % 20 != 7}, size=size, backing=size)
+    img.zero(300, 5 * MiB - 1000)
+    want = bytearray(size)
+    want[:300] = built.read(0, 300)
+    want[5 * MiB - 700 :] = built.read(5 * MiB - 700, 1212)
+    assert_same(img.pread(size, 0), bytes(want))
+    assert max(call.length for call in tap.log) <= MiB
+
+
+# Reused clusters
+
+
+@pytest.mark.parametrize("backing", [0, MiB], ids=["alone", "backing"])
+@pytest.mark.parametrize("layout", ["D---", "DZZZ", ""])
+def test_reused_cluster_shows_nothing_old(tapped: Tapped, layout: str, backing: int) -> None:
+    """A data write that failed half-way leaves bytes in a cluster; the next one to get it starts from zeros."""
+    fault = FailAt(1, ["pwrite", "pwritev"], errno.ENOSPC, late=True)
+    img, tap, built = tapped(None, backing, layout=layout)
+    before = img.pread(4 * CS, 0)
+    tap.hook = lambda call: fault(call) if call.offset >= built.end else None
+    with pytest.raises(StorageError):
+        img.pwrite(b"old" * 20000, CS + 100)
+    assert fault.hit is not None
+    tap.log.clear()
+    img.pwrite(b"new", 2 * CS + 1000)
+    log = logged(tap)
+    assert log[-1][0] == "pwrite" and log[-1][2] == 512
+    assert FLUSH in log[:-1]  # durable before it is linked: a crash must not show what it held before
+    want = before[: 2 * CS + 1000] + b"new" + before[2 * CS + 1003 :]
+    assert_same(img.pread(4 * CS, 0), want)
+    img.close()
+    report = assert_sound(built.path, leaks=None)
+    assert len(report.leaks) <= 1
+    with QedFile(built.path) as file:
+        assert_same(file.read(0, 4 * CS), want)
+
+
+# Failed calls: every call of a request fails once
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where the failing request goes: what is there, and what is below."""
+
+    layout: str
+    pos: int  # bytes
+    length: int  # bytes
+    backing: int = 0  # bytes
+    zero: bool = False
+
+
+SCENES = {
+    "no table": Scene("", 3 * CS + 100, 3000),
+    "no cluster": Scene("D----", 3 * CS + 100, 3000),
+    "zero clusters": Scene("DZZZZZ", 2 * CS + 100, 2 * CS),
+    "in place": Scene("DDDDD", 3 * CS + 100, 3000),
+    "mixed": Scene("D-ZD-Z", CS - 300, 4 * CS),
+    "no table, backing": Scene("", 3 * CS + 100, 3000, MiB),
+    "no cluster, backing": Scene("D----", 3 * CS + 100, 3000, MiB),
+    "zero clusters, backing": Scene("DZZZZZ", 2 * CS + 100, 2 * CS, MiB),
+    "zero": Scene("D----", CS, 3 * CS, MiB, zero=True),
+    "zero, no table": Scene("", 100, 3 * CS, MiB, zero=True),
+    "zero, mixed": Scene("D-ZD-Z", CS - 300, 4 * CS, MiB, zero=True),
+}
+END = 16 * CS
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EAGAIN], ids=["EIO", "EAGAIN"])
+@pytest.mark.parametrize("name", SCENES)
+def test_every_failed_call(tapped: Tapped, tmp_path: Path, name: str, code: int, late: bool) -> None:
+    """B2, B6: the request fails with that errno; what memory says is what the disk says; nothing is lost later."""
+    scene = SCENES[name]
+    for n in range(1, 100):
+        fault = FailAt(n, [*CHANGES, "pread"], code, late)
+        fault.armed = False
+        img, tap, built = tapped(fault, scene.backing, layout=scene.layout)
+        old = img.pread(END, 0)
+        new = bytearray(old)
+        data = bytes(scene.length) if scene.zero else stamp(6, scene.pos, scene.length)
+        new[scene.pos : scene.pos + scene.length] = data
+
+        def request() -> None:
+            if scene.zero:
+                img.zero(scene.pos, scene.length)  # noqa: B023
+            else:
+                img.pwrite(data, scene.pos)  # noqa: B023
+
+        fault.armed = True
+        try:
+            request()
+        except StorageError as error:
+            assert error.errno == code
+        else:
+            if fault.hit is None:
+                break
+            # Only the step by which the file grows may fail unseen: it grows by what is needed instead.
+            assert fault.hit.name == "truncate"
+            assert img.pread(END, 0) == new
+        where = f"call {n}: {fault.hit}"
+        got = img.pread(END, 0)
+        for pos in range(0, END, 512):
+            assert got[pos : pos + 512] in (old[pos : pos + 512], bytes(new[pos : pos + 512])), f"{where}, {pos:#x}"
+        with QedFile(built.path) as file:
+            assert file.read(0, END) == got, where
+            assert not file.verify().errors, where
+        # Other clusters of the same table, then the same request again.
+        more = {7 * CS + 5000: b"other" * 50, scene.pos + scene.length + 700: b"near" * 50}
+        expected = bytearray(got)
+        for pos, text in more.items():
+            img.pwrite(text, pos)
+            expected[pos : pos + len(text)] = text
+        assert img.pread(END, 0) == expected, where
+        request()
+        expected[scene.pos : scene.pos + scene.length] = data
+        img.flush()
+        # A kill after the flush: the next open repairs if it has to, and finds everything.
+        copy = tmp_path / "killed.qed"
+        shutil.copy(built.path, copy)
+        for path in (copy, built.path):
+            if path == built.path:
+                img.close()
+            with qedcore.open_image(path) as again:
+                assert again.pread(END, 0) == expected, where
+            with QedFile(path) as file:
+                assert file.read(0, END) == expected, where
+            assert_sound(path, leaks=None)
+    assert n > (1 if name == "in place" else 3)
+
+
+def test_lost_write_of_b2(tapped: Tapped) -> None:
+    """The reproduction of B2: entries that exist in memory only, later acknowledged as in-place writes."""
+    fault = FailAt(1, ["pwrite"])
+    img, tap, built = tapped(layout="D")
+    tap.hook = lambda call: fault(call) if call.offset == built.l2_offsets[0] else None
+    with pytest.raises(StorageError):
+        img.pwrite(b"a" * CS, CS)
+    assert img.pread(CS, CS) == bytes(CS)
+    img.pwrite(b"b" * CS, CS)
+    img.flush()
+    img.close()
+    with QedFile(built.path) as file:
+        assert file.read(CS, CS) == b"b" * CS
+
+
+def test_need_check_stays_after_a_failed_metadata_write(tapped: Tapped) -> None:
+    """The next writable open repairs what nobody knows."""
+    fault = FailAt(1, ["pwrite"], late=True)
+    img, _, built = tapped(lambda call: fault(call) if call.length == 512 else None, layout="D")
+    with pytest.raises(StorageError):
+        img.pwrite(b"a" * CS, CS)
+    img.close()
+    with QedFile(built.path) as file:
+        assert file.need_check
+    qedcore.open_image(built.path).close()
+    assert_sound(built.path)
+
+
+# Extents
+
+
+@pytest.mark.parametrize("backing", [0, 3 * CS + 5, MiB])
+def test_extents(tapped: Tapped, rng: random.Random, backing: int) -> None:
+    layout = "".join(rng.choice("DZ-") for _ in range(20))
+    size = 20 * CS - 512
+    img, tap, built = tapped(layout=layout, size=size, backing=backing)
+
+    def kind(pos: int) -> str:
+        here = built.kinds[pos // CS]
+        return "FOUND" if here == "data" or (here == "-" and pos < backing) else "ZERO"
+
+    for _ in range(100):
+        pos = rng.randrange(size)
+        length = rng.randrange(1, size - pos + 1)
+        at = pos
+        previous = None
+        for n, found in img.extents(pos, length):
+            assert n > 0 and found.name != previous  # neighbours of one kind are joined
+            for probe in {at, at + n - 1, at + n // 2}:
+                assert found.name == kind(probe), (pos, length, probe)
+            at += n
+            previous = found.name
+        assert at == pos + length
+    assert tap.log == []
+
+
+# Two requests at a time, one step after the other
+
+
+def stop_at(gate: Gate, matches: Callable[[Call], bool]) -> Hook:
+    """A hook that stops the first call that matches."""
+    stopped: list[Call] = []
+
+    def hook(call: Call) -> None:
+        if not stopped and matches(call):
+            stopped.append(call)
+            gate.stop()
+
+    return hook
+
+
+@pytest.mark.parametrize("layout", ["", "D--", "DZZ"])
+@pytest.mark.parametrize("backing", [0, MiB])
+def test_two_writes_to_one_new_cluster(tapped: Tapped, layout: str, backing: int) -> None:
+    """The second waits for the first, looks again, and writes in place."""
+    gate, second_gate = Gate(), Gate()
+    img, tap, built = tapped(backing=backing, layout=layout)
+    before = img.pread(CS, CS)
+    hook = stop_at(gate, lambda call: call.name.startswith("pwrite") and call.offset >= built.end)
+
+    def either(call: Call) -> None:
+        if call.offset >= built.end and call.name.startswith("pwrite") and second:
+            second_gate.stop()
+        hook(call)
+
+    second: list[int] = []
+    tap.hook = either
+    jobs = [Job(img.pwrite, b"1" * 100, CS + 200)]
+    gate.reached()
+    second.append(1)
+    jobs.append(Job(img.pwrite, b"2" * 100, CS + 900))
+    second_gate.avoided()
+    tap.hook = None
+    second_gate.open(9)
+    gate.open()
+    for job in jobs:
+        job.result()
+    want = before[:200] + b"1" * 100 + before[300:900] + b"2" * 100 + before[1000:]
+    assert_same(img.pread(CS, CS), want)
+    img.close()
+    assert_sound(built.path)
+    with QedFile(built.path) as file:
+        assert_same(file.read(CS, CS), want)
+
+
+def test_tables_do_not_wait_for_each_other(tapped: Tapped) -> None:
+    gate = Gate()
+    img, tap, built = tapped(size=8 * GiB)
+    tap.hook = stop_at(gate, lambda call: call.name.startswith("pwrite") and call.offset >= built.end)
+    first = Job(img.pwrite, b"1" * 100, 200)
+    gate.reached()
+    Job(img.pwrite, b"2" * 100, 2 * GiB + 200).result()  # done while the first is stopped
+    assert img.pread(100, 2 * GiB + 200) == b"2" * 100
+    assert img.pread(100, 200) == bytes(100)
+    gate.open()
+    first.result()
+    assert img.pread(100, 200) == b"1" * 100
+
+
+@pytest.mark.parametrize("backing", [0, MiB])
+@pytest.mark.parametrize("layout", ["", "D--", "DZZ"])
+def test_nothing_is_seen_before_it_is_linked(tapped: Tapped, layout: str, backing: int) -> None:
+    """I1: at every write of an allocating write, readers still see what was there before."""
+    img, tap, built = tapped(backing=backing, layout=layout)
+    before = img.pread(3 * CS, 0)
+    gate = Gate()
+    tap.hook = lambda call: gate.stop() if call.name in CHANGES else None
+    job = Job(img.pwrite, b"1" * CS, CS)
+    for _ in range(99):
+        gate.reached()
+        assert_same(Job(img.pread, 3 * CS, 0).result(), before)
+        last = tap.log[-1]
+        if last.length == 512 and last.offset in (built.l1_offset, built.l2_offsets.get(0)):
+            break
+        gate.open()
+    gate.open()
+    job.result()
+    assert_same(img.pread(3 * CS, 0), before[:CS] + b"1" * CS + before[2 * CS :])
+    tap.hook = None
+
+
+def test_readers_and_writers_in_place_do_not_wait(tapped: Tapped) -> None:
+    gate = Gate()
+    img, tap, built = tapped(layout="DD--")
+    tap.hook = stop_at(gate, lambda call: call.name.startswith("pwrite") and call.offset >= built.end)
+    first = Job(img.pwrite, b"1" * 100, 2 * CS + 200)
+    gate.reached()
+    Job(img.pwrite, b"2" * 100, 5).result()
+    assert Job(img.pread, 100, 5).result() == b"2" * 100
+    Job(img.zero, CS, 100).result()
+    Job(img.flush).result()
+    gate.open()
+    first.result()
