@@ -80,13 +80,18 @@ class Allocator:
     def trim_tail(self) -> None:
         """Give the unused tail back.  Nothing may be in flight.  Raises StorageError."""
         with self._lock:
+            if not self._grown:
+                return
+            end, kept = self._bounds.end, []
             for spare in sorted(self._released, reverse=True):
-                if spare.offset + spare.n * self._geometry.cluster_size == self._bounds.end:
-                    self._bounds.end = spare.offset
-                    self._released.remove(spare)
-            if self._grown:
-                self._storage.truncate(self._bounds.end)
-                self._grown = self._bounds.end
+                if spare.offset + spare.n * self._geometry.cluster_size == end:
+                    end = spare.offset
+                else:
+                    kept.append(spare)
+            self._storage.truncate(end)
+            # Only now: what was not cut off is neither fresh nor free.
+            self._bounds.end = self._grown = end
+            self._released = kept
 
 
 class NeedCheckGate:

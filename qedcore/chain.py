@@ -13,7 +13,7 @@ import time
 from typing import Callable
 
 from .cluster import FOUND, Kind
-from .errors import ImageFormatError, UnsupportedError
+from .errors import ImageFormatError, StorageError, UnsupportedError
 from .header import FEATURE_NO_PROBE
 from .image import DEFAULT_L2_CACHE, Parts, QEDImage
 from .request import Source
@@ -102,11 +102,13 @@ class ChainOpener:
     def open(self, path: str, writable: bool) -> QEDImage:
         """Open every file of the chain before the first is changed; then start from the bottom up."""
         images: list[QEDImage] = []
+        storages: list[Storage] = []
         backing: Source | None = None
         seen: dict[object, str] = {}
         try:
             while True:
-                storage = self._open_storage(path, writable, seen)
+                storage = self._open_storage(path, writable, seen, images)
+                storages.append(storage)
                 if images and self._backing_format(images[-1], storage) == "raw":
                     backing = RawSource(storage)
                     break
@@ -121,14 +123,20 @@ class ChainOpener:
                 backing = image
             return images[0]
         except BaseException:
-            for image in images:
-                image.storage.close()
-            if backing is not None:
-                backing.storage.close()
+            for storage in storages:
+                storage.close()
             raise
 
-    def _open_storage(self, path: str, writable: bool, seen: dict[object, str]) -> Storage:
-        storage = self._opener(path, writable, self._mode)
+    def _open_storage(
+        self, path: str, writable: bool, seen: dict[object, str], overlays: list[QEDImage]
+    ) -> Storage:
+        try:
+            storage = self._opener(path, writable, self._mode)
+        except StorageError as error:
+            if not overlays:
+                raise
+            name = overlays[-1].storage.name
+            raise StorageError(f"{name}: its backing file: {error}", code=error.errno) from None
         if storage.identity() in seen:
             storage.close()
             raise UnsupportedError(

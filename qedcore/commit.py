@@ -64,7 +64,7 @@ def commit(
 
 
 def _find_above(image: Source, base: Source, pos: int, length: int) -> tuple[Storage | None, int, Kind | None, int]:
-    """What covers the base at pos: (storage, offset in it, FOUND or ZERO, bytes); None for the kind where nothing does."""
+    """What hides the base at pos: (storage, offset in it, FOUND or ZERO, bytes); None as kind if nothing does."""
     layer: Source | None = image
     while layer is not None and layer is not base:
         if pos >= layer.size:

@@ -138,9 +138,7 @@ class Layout:
         valid = self._bounds.valid_table(offset) if is_table(unit) else self._bounds.valid_cluster(offset)
         if not valid or any(self.units[at] != FREE for at in range(slot, slot + n)):
             found = "refers twice to clusters" if valid else "has an invalid entry for clusters"
-            raise CorruptImageError(
-                f"the image is damaged, it {found} at {offset:#x}: repair it first (check -r all)"
-            )
+            raise CorruptImageError(f"damaged image: it {found} at {offset:#x}: repair it first (check -r all)")
         self.units.put(slot, n, unit)
         self.used += n
 
@@ -366,9 +364,7 @@ def clear_past_end(metadata: Metadata, size: int) -> bool:
         offset = metadata.tables.read(l1_offset + index * ENTRY, 1)[0]
         if offset:
             if not metadata.bounds.valid_table(offset):
-                raise CorruptImageError(
-                    f"L1 entry {index} points to {offset:#x}, not a table: repair the image first"
-                )
+                raise CorruptImageError(f"L1 entry {index} points to {offset:#x}, not a table: repair it first")
             found = _clear_entries(metadata, offset, entry)
         index += 1
     return _clear_entries(metadata, l1_offset, index) or found

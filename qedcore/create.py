@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
-from contextlib import suppress
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from .errors import ImageFormatError, RequestError, StorageError
 from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, check_device_size, round_up
@@ -48,31 +51,42 @@ def create(
         backing_filename_offset=HEADER_BYTES if name else 0,
         backing_filename_size=len(name),
     )
-    # The L1 table is left a hole: an empty one is all zeros.
-    _write_atomically(os.path.realpath(path), header.pack() + name, cluster_size + geometry.table_bytes)
+    with replacing(path) as temporary, open(temporary, "r+b") as file:
+        file.write(header.pack() + name)
+        file.truncate(cluster_size + geometry.table_bytes)  # the L1 table stays a hole: an empty one is all zeros
     return header
 
 
-def _write_atomically(path: str, start: bytes, length: int) -> None:
-    """Put a file of `length` bytes, beginning with `start`, in the place of `path`."""
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Make a file that appears at `path` complete or not at all, in the place of what is there.
+
+    Gives the name of an empty file in the same directory.  When the block ends, that file is made durable and renamed
+    to `path`, keeping the permissions of a file it replaces; when it raises, it is removed.  Raises StorageError.
+    """
+    path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
-        raise StorageError(f"cannot create {path}: it exists and is not a regular file")
+        raise StorageError(f"cannot create {path}: it exists and is not a regular file", code=errno.EEXIST)
     directory = os.path.dirname(path)
     temporary = os.path.join(directory, f".qed-{secrets.token_hex(8)}")
     try:
-        with open(temporary, "xb") as file:
-            file.write(start)
-            file.truncate(length)
-            file.flush()
-            os.fsync(file.fileno())
+        open(temporary, "xb").close()
+        with suppress(OSError):
+            os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
+        yield temporary
+        _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)  # the name, too
-        finally:
-            os.close(fd)
+        _sync(directory, os.O_RDONLY | os.O_DIRECTORY)  # the name, too
     except OSError as error:
         raise StorageError(f"cannot create {path}", error) from None
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(temporary)
+
+
+def _sync(path: str, flags: int) -> None:
+    fd = os.open(path, flags)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -142,7 +142,7 @@ def place_for_name(header: Header, size: int) -> int:
         return HEADER_BYTES
     if old + header.backing_filename_size + size <= end:
         return old + header.backing_filename_size
-    raise RequestError("no space left in the file header: not for the old name and the new: rebase to a short one first")
+    raise RequestError("no space left in the file header: not for both names at once: rebase to a short one first")
 
 
 class HeaderUpdater:

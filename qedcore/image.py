@@ -54,6 +54,7 @@ class Metadata(NamedTuple):
         clusters.l1_offset = header.l1_table_offset
         clusters.l1 = self.tables.read(clusters.l1_offset, self.geometry.l1_entries(self.requests.size))
         clusters.cache.clear()
+        clusters.expect_growth()
 
 
 class QEDImage:
@@ -118,12 +119,13 @@ class QEDImage:
             self._log(f"{self.storage.name}: cleared autoclear features of another program")
         if self.header.need_check:
             self._repair(self._gate)
+        self._clusters.expect_growth()
 
     def _repair(self, gate: NeedCheckGate) -> None:
         whole, report = repair_after_crash(self.storage, self._header, self._tables, self.geometry, self._bounds)
         self._clusters.reload()
         name = self.storage.name
-        self._log(f"{name}: was not closed cleanly: checked, {len(report) or 'no'} findings")
+        self._log(f"{name}: was not closed cleanly: checked, findings: {len(report) or 'none'}")
         for line in report:
             self._log(f"{name}: {line}")
         if whole:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 from .locks import Rank, ranked_lock
@@ -31,6 +32,7 @@ class L2Cache:
         self._lock = ranked_lock(Rank.CACHE)
         self.slices: OrderedDict[int, Table] = OrderedDict()  # oldest use first
         self._alive: WeakValueDictionary[int, Table] = WeakValueDictionary()  # every slice that anybody holds (I2)
+        self.screen: Callable[[int, Table], None] = lambda index, table: None  # sees each slice that was read
         self._loading: dict[int, threading.Event] = {}  # slice index -> set when its load is over
 
     def touch(self, index: int) -> None:
@@ -55,6 +57,7 @@ class L2Cache:
             loading.wait()  # if that load fails, try ourselves: its error is the other request's
         try:
             table = self.read(offset)
+            self.screen(index, table)
             with self._lock:
                 self._insert(index, table)
             return table

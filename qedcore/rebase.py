@@ -2,7 +2,7 @@
 
 I1. The guest's content stays: what the old and the new backing file have differently is copied into the image and
     made durable before the name changes (rebase).  change_name() trusts its caller that there is no difference.
-I2. The name changes at once, for a crash too (HeaderUpdater.set_backing), and never so that the image cannot be opened.
+I2. The name changes at once, also in a crash (HeaderUpdater.set_backing), and never makes the image unopenable.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Callable
 
-from .chain import open_source, probe, resolve
+from .chain import probe, resolve
 from .cluster import FOUND, ZERO
 from .errors import QEDError, RequestError
-from .geometry import MiB
-from .header import HeaderUpdater, place_for_name, read_backing_name, read_header
+from .geometry import MiB, round_up
+from .header import FEATURE_NO_PROBE, HeaderUpdater, place_for_name, read_backing_name, read_header
 from .image import QEDImage
 from .request import Source, find_data, read_chain
 from .storage import Storage
 from .storage.file import CacheMode, open_storage
 
-COMPARE_STEP = 1 * MiB  # bytes compared at once, at least one cluster
+COMPARE_STEP = 4 * MiB  # bytes compared at once, at least one cluster
 
 
 def rebase(
@@ -58,7 +58,7 @@ def rebase(
 def _differences(
     image: QEDImage, new: Source | None, progress: Callable[[int], None]
 ) -> Iterator[tuple[object, int, memoryview]]:
-    """(FOUND or ZERO, pos, old content) of the runs of clusters that are only below the image, and differ in `new`."""
+    """(FOUND or ZERO, pos, old content) of the runs of clusters that are only below the image and differ in `new`."""
     old, size = image.backing, image.geometry.cluster_size
     pos = 0
     while pos < image.size:
@@ -67,11 +67,11 @@ def _differences(
         if kind in (FOUND, ZERO):
             pos += length
             continue
-        n = _same_place(old, new, pos, length)
-        if n < length:
+        same, n = _same_place(old, new, pos, length)
+        if same and n < length:
             n = image.geometry.start_of_cluster(n)
-        if not n:
-            n = min(length, max(size, COMPARE_STEP))
+        if not same or not n:
+            n = min(round_up(max(n, 1), size), length, max(size, COMPARE_STEP))
             before, after = memoryview(bytearray(n)), memoryview(bytearray(n))
             read_chain(old, before, pos)
             read_chain(new, after, pos)
@@ -79,19 +79,21 @@ def _differences(
         pos += n
 
 
-def _same_place(old: Source | None, new: Source | None, pos: int, length: int) -> int:
-    """Bytes from pos on that cannot differ: zeros in both chains, or the same bytes of the same file."""
-    done = 0
+def _same_place(old: Source | None, new: Source | None, pos: int, length: int) -> tuple[bool, int]:
+    """(True, bytes) where the chains cannot differ: zeros, or the same bytes of one file; else (False, bytes)."""
+    result, done = False, 0
     while done < length:
         here, at, n = find_data(old, pos + done, length - done)
         there, other, n = find_data(new, pos + done, n)
         if here is None or there is None:
-            if here is not there:
-                break
-        elif at != other or here.identity() != there.identity():
+            same = here is there
+        else:
+            same = at == other and here.identity() == there.identity()
+        if done and same is not result:
             break
+        result = same
         done += n
-    return done
+    return result, done
 
 
 def _runs(
@@ -126,7 +128,7 @@ def change_name(
     storage = opener(path, True, CacheMode())
     try:
         header, _, _ = read_header(storage)
-        if name and _leads_to(resolve(name, path), raw, storage.identity(), opener):
+        if name and _leads_to(name, path, raw, storage.identity(), opener):
             raise RequestError(f"Backing file '{name}' creates an infinite loop.")
         updater = HeaderUpdater(storage, header)
         if name:
@@ -138,13 +140,14 @@ def change_name(
 
 
 def _leads_to(
-    path: str | None, raw: bool, identity: object, opener: Callable[[str, bool, CacheMode], Storage]
+    name: str | None, overlay: str, raw: bool, identity: object, opener: Callable[[str, bool, CacheMode], Storage]
 ) -> bool:
-    """Whether the chain from `path` down, as far as it can be followed, comes to the file `identity`."""
+    """Whether the chain under `overlay`, with `name` next, comes to the file `identity`; unreadable ones end it."""
     seen = set()
-    while path is not None:
+    while name is not None:
         try:
-            storage = opener(path, False, CacheMode())
+            overlay = resolve(name, overlay)
+            storage = opener(overlay, False, CacheMode())
         except QEDError:
             return False
         try:
@@ -155,8 +158,7 @@ def _leads_to(
             seen.add(storage.identity())
             header, _, _ = read_header(storage)
             name = read_backing_name(storage, header)
-            raw = bool(header.features & 4)
-            path = resolve(name, path) if name else None
+            raw = bool(header.features & FEATURE_NO_PROBE)
         except QEDError:
             return False
         finally:

@@ -318,7 +318,6 @@ class WritableRequests(Requests):
                 return n
         return 0
 
-
     def add_zero_clusters(self, pos: int, length: int) -> None:
         """Make the clusters of a range that this image does not have zero clusters, whatever is below it.
 
@@ -340,6 +339,10 @@ class ClosedRequests(Requests):
 
     def _check_range(self, pos: int, length: int) -> None:
         raise ShutdownError(f"{self._storage.name} was closed")
+
+    def _find_in_cluster(self, pos: int, length: int) -> int:
+        self._check_range(pos, length)
+        return 0
 
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:
         self._check_range(pos, len(buf))

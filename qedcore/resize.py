@@ -16,17 +16,18 @@ from .image import Metadata, QEDImage
 def resize(image: QEDImage, size: int) -> None:
     """Make the device `size` bytes long.  No request may be in flight.
 
-    Data past the new end is lost, and the file gets shorter by it.  Raises ImageFormatError for a size that the
+    Data past the new end is lost, and the file gets shorter by it.  The present size finishes a shrink that was
+    interrupted.  Raises ImageFormatError for a size that the
     format does not allow, CorruptImageError if the image is too damaged to free clusters, both before anything is
     changed, UnsupportedError and StorageError.
     """
     image.geometry.check_image_size(size)
     check_device_size(size)
     with image.maintenance() as metadata:
-        if size < image.size:
-            _shrink(metadata, size)
-        elif size > image.size:
+        if size > image.size:
             _grow(metadata, size)
+        else:
+            _shrink(metadata, size)
 
 
 def _grow(metadata: Metadata, size: int) -> None:
@@ -51,7 +52,7 @@ def _shrink(metadata: Metadata, size: int) -> None:
     storage = metadata.storage
     Layout(metadata)  # refuses a damaged image
     metadata.header.set_image_size(size)
-    # The size before what is behind it goes (I2).  After a crash there are leftovers, which the next resize clears.
+    # The size before what is behind it goes (I2).  A crash leaves leftovers there, for the next resize to clear.
     storage.flush()
     _zero_tail(metadata, size)
     clear_past_end(metadata, size)

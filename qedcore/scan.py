@@ -16,15 +16,16 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Callable
 
 from .check import Damage
 from .errors import StorageError, UnsupportedError
-from .geometry import ENTRY, ZERO_CLUSTER, Bounds, Geometry
+from .geometry import ENTRY, MAX_SLICE_SIZE, ZERO_CLUSTER, Bounds, Geometry
 from .storage import Storage
-from .table import Table, TableIO
+from .table import Table, empty
 
 # What a byte of the map says of its cluster
 METADATA = 1  # the header area, the L1 table or an L2 table
@@ -36,6 +37,8 @@ _USE = METADATA | DATA
 
 MAX_CLUSTERS = 1 << 30  # of the file: the map takes a byte for each
 _VECTOR_ENTRIES = 1 << 18  # L2 entries from which on loading numpy pays
+_BLANK = bytes(MAX_SLICE_SIZE)
+_MAP_STEP = 1 << 20  # clusters of the map looked at at once
 _FAR = 1 << 63  # past the end of every file
 
 
@@ -78,23 +81,35 @@ class ClusterUse:
         self.map[cluster] = before | use
         return True
 
+    def claim_free(self, cluster: int, use: int) -> bool:
+        """Note a use if there is none yet; False if there is."""
+        return not self.map[cluster] & _USE and self.claim(cluster, use)
+
     def next_free(self, cluster: int) -> int:
         """The first unused cluster from `cluster` on; `clusters` if there is none."""
         found = self.map.find(b"\0", cluster, self.clusters)
         return self.clusters if found < 0 else found
 
-    def count(self, cluster: int = 0, end: int | None = None) -> int:
-        """Clusters in use in a range."""
-        end = self.clusters if end is None else end
-        step = 1 << 20
-        unused = sum(self.map[at : min(at + step, end)].count(0) for at in range(cluster, end, step))
-        return max(end - cluster, 0) - unused
+    def next_used(self, cluster: int) -> int:
+        """The first cluster in use from `cluster` on; `clusters` if there is none."""
+        for start in range(cluster, self.clusters, _MAP_STEP):
+            part = self.map[start : min(start + _MAP_STEP, self.clusters)]
+            rest = part.lstrip(b"\0")
+            if rest:
+                return start + len(part) - len(rest)
+        return self.clusters
+
+    def count(self) -> int:
+        """Clusters in use."""
+        return self.clusters - sum(
+            self.map[at : at + _MAP_STEP].count(0) for at in range(0, self.clusters, _MAP_STEP)
+        )
 
     def last(self) -> int:
         """The number after the last cluster in use."""
         end = self.clusters
         while end:
-            start = max(0, end - (1 << 20))
+            start = max(0, end - _MAP_STEP)
             used = len(self.map[start:end].rstrip(b"\0"))
             if used:
                 return start + used
@@ -114,19 +129,32 @@ def next_data(storage: Storage, offset: int) -> int:
 
 
 def table_slices(
-    storage: Storage, tables: TableIO, geometry: Geometry, offset: int
+    storage: Storage, geometry: Geometry, offset: int, buffer: Table | None = None
 ) -> Iterator[tuple[int, Table]]:
-    """(index of the first entry, slice) for the slices of the table at `offset` that are not empty."""
+    """(index of the first entry, slice) for the slices of the table at `offset` that are not empty.
+
+    Each is valid until the next is asked for: they share `buffer`, a slice that the caller may lend.
+    """
+    if buffer is None:
+        buffer = empty(geometry.slice_entries)
     end = offset + geometry.table_bytes
+    blank = _BLANK[: geometry.slice_bytes]
     data = next_data(storage, offset)
     for at in range(offset, end, geometry.slice_bytes):
         if data >= at + geometry.slice_bytes:
             continue
-        table = tables.read(at, geometry.slice_entries)
-        if table.count(0) != len(table):
-            yield (at - offset) // ENTRY, table
+        storage.pread_into(memoryview(buffer).cast("B"), at)
+        if sys.byteorder == "big":
+            buffer.byteswap()
+        if buffer[0] or buffer.tobytes() != blank:
+            yield (at - offset) // ENTRY, buffer
         if geometry.slice_bytes < geometry.table_bytes:
             data = next_data(storage, at + geometry.slice_bytes)
+
+
+def _length(table: Table) -> int:
+    """Entries up to the last one that is not 0."""
+    return len(table) if table[-1] else -(-len(table.tobytes().rstrip(b"\0")) // ENTRY)
 
 
 class Vectors:
@@ -143,20 +171,21 @@ class Vectors:
         self._geometry = geometry
         self._bounds = bounds
         self._map = numpy.frombuffer(use.map, dtype=numpy.uint8)
+        self._scratch = numpy.empty(geometry.slice_entries, numpy.uint64)
         self._strict = strict
 
     def claim(self, table: Table, expected: int) -> tuple[int, int, int] | None:
         """(data clusters, how many are fragmented, next offset expected), or None: look at the entries one by one."""
         np, geo, bounds = self._np, self._geometry, self._bounds
         entries = np.frombuffer(table, dtype=np.uint64)
-        used = entries > ZERO_CLUSTER
-        n = int(np.count_nonzero(used))
+        if int(entries.min()) <= ZERO_CLUSTER:
+            entries = entries[entries > ZERO_CLUSTER]
+        n = len(entries)
         if n == 0:
             return 0, 0, expected
-        if n < len(entries):
-            entries = entries[used]
         first, last = int(entries[0]), int(entries[-1])
-        jumps = int(np.count_nonzero(np.diff(entries) != geo.cluster_size))
+        steps = np.subtract(entries[1:], entries[:-1], out=self._scratch[: n - 1])
+        jumps = int(np.count_nonzero(steps != geo.cluster_size))
         if not jumps:
             if not (bounds.valid_cluster(first) and bounds.valid_cluster(last)):
                 return None
@@ -169,7 +198,7 @@ class Vectors:
                 return None
             if int(entries.min()) < bounds.start or int(entries.max()) >= bounds.end:
                 return None
-            numbers = (entries >> np.uint64(geo.l2_shift)).view(np.int64)
+            numbers = np.right_shift(entries, np.uint64(geo.l2_shift), out=self._scratch[:n]).view(np.int64)
             if self._strict and (self._map[numbers].any() or len(np.unique(numbers)) != n):
                 return None
             # Wrong where a table is, but then the sum is wrong, too, and the strict scan follows.
@@ -177,13 +206,9 @@ class Vectors:
         fragmented = jumps + (expected not in (0, first))
         return n, fragmented, last + geo.cluster_size
 
-    def last_mapped(self, table: Table) -> int:
-        """Index of the last entry that is not 0."""
-        return int(self._np.flatnonzero(self._np.frombuffer(table, dtype=self._np.uint64))[-1])
-
-    def data_clusters(self) -> int:
-        """Clusters of the map that are data and nothing else."""
-        return int(self._np.count_nonzero(self._map == DATA))
+    def count(self) -> int:
+        """Clusters in use."""
+        return int(self._np.count_nonzero(self._map))
 
 
 class Scan:
@@ -204,7 +229,6 @@ class Scan:
         vectors: bool | None = None,  # None: if numpy is there and the image is large
     ) -> None:
         self._storage = storage
-        self._tables = TableIO(storage)
         self._geometry = geometry
         self._bounds = bounds
         self._l1_offset = l1_offset  # bytes
@@ -212,37 +236,37 @@ class Scan:
         self._progress = progress
         self._want_vectors = vectors
         self._vectors: Vectors | None = None
+        self._buffer = empty(geometry.slice_entries)  # for L2 tables
         self._expected = 0  # bytes: where the next data cluster would not be fragmented; 0 at a table's start
         self._claimed = 0  # data clusters that the vectors claimed
         self.use = ClusterUse(bounds.end >> geometry.l2_shift)
         self.result = ScanResult()
 
-    def run(self) -> ScanResult:
+    def run(self, limit: int = 1 << 63) -> ScanResult:
+        """Scan; give up when `limit` corruptions were found."""
         self._read_l1()
-        if self._load_vectors(strict=False):
-            damage: list[Damage] = []
-            report, self._report = self._report, damage.append
-            self._read_l2_tables(stop=1)
-            self._report = report
-            assert self._vectors is not None
-            if damage or self._vectors.data_clusters() != self._claimed:
-                self._restart()
-                self._load_vectors(strict=True)
-                self._read_l2_tables()
-        else:
-            self._read_l2_tables()
-        self._vectors = None  # it holds on to the map
+        if not (self.result.corruptions == 0 and self._load_vectors(strict=False) and self._is_sound()):
+            self._load_vectors(strict=True)
+            self._read_l2_tables(limit)
         self._count_leaks()
+        self._vectors = None  # it holds on to the map
         return self.result
 
-    def _restart(self) -> None:
-        """The map and the counts as they are before the L1 table is read; then read it, quietly."""
-        self._vectors = None
-        self.use = ClusterUse(self.use.clusters)
+    def _is_sound(self) -> bool:
+        """The quick look: read all L2 tables with the vectors.  False: there is damage; all is as before it."""
+        assert self._vectors is not None
+        metadata = self._vectors.count()
         report, self._report = self._report, lambda damage: None
-        self.result = ScanResult()
-        self._read_l1()
+        self._read_l2_tables(limit=1)
+        # Two claims of a cluster count twice, but make one byte of the map.
+        sound = self.result.corruptions == 0 and self._vectors.count() == metadata + self._claimed
+        if not sound:
+            self._vectors = None
+            self.use = ClusterUse(self.use.clusters)
+            self.result = ScanResult()
+            self._read_l1()
         self._report = report
+        return sound
 
     def _load_vectors(self, strict: bool) -> bool:
         wanted = self._want_vectors
@@ -276,7 +300,7 @@ class Scan:
 
     def _l1_entries(self) -> Iterator[tuple[int, int]]:
         """(index, entry) of the L1 entries that are not 0."""
-        for base, table in table_slices(self._storage, self._tables, self._geometry, self._l1_offset):
+        for base, table in table_slices(self._storage, self._geometry, self._l1_offset):
             for i, offset in enumerate(table, base):
                 if offset:
                     yield i, offset
@@ -284,16 +308,19 @@ class Scan:
     def _claim_table(self, offset: int) -> int:
         """Claim the clusters of a table; how many of them were in use already."""
         first = offset >> self._geometry.l2_shift
-        return sum(not self.use.claim(cluster, METADATA) for cluster in range(first, first + self._geometry.table_size))
+        return sum(
+            not self.use.claim(cluster, METADATA) for cluster in range(first, first + self._geometry.table_size)
+        )
 
     # -- the L2 tables -------------------------------------------------------------------------------------------
 
-    def _read_l2_tables(self, stop: int = 1 << 63) -> None:
-        """Read the tables that the L1 table refers to; give up after `stop` damaged entries."""
+    def _read_l2_tables(self, limit: int) -> None:
+        """Read the tables that the L1 table refers to; give up at `limit` corruptions."""
         geo, result = self._geometry, self.result
         done = 0
-        before = result.corruptions
         for index, offset in self._l1_entries():
+            if result.corruptions >= limit:
+                return
             if not self._bounds.valid_table(offset) or self._on_l1_table(offset):
                 continue
             # The same order as in _read_l1, so the same tables come second.
@@ -308,8 +335,6 @@ class Scan:
             except StorageError as error:
                 result.check_errors += 1
                 result.error = error
-            if result.corruptions - before >= stop:
-                return
             done += 1
             self._progress(done, result.tables)
 
@@ -322,7 +347,7 @@ class Scan:
         geo, result = self._geometry, self.result
         pos = index << geo.l1_shift
         self._expected = 0
-        for base, table in table_slices(self._storage, self._tables, geo, offset):
+        for base, table in table_slices(self._storage, geo, offset, self._buffer):
             at = pos + (base << geo.l2_shift)
             claimed = None if quiet or self._vectors is None else self._vectors.claim(table, self._expected)
             if claimed is not None:
@@ -331,8 +356,8 @@ class Scan:
                 self._claimed += n
                 result.allocated += n
                 result.fragmented += fragmented
-                last = self._vectors.last_mapped(table)
-                result.mapped_end = max(result.mapped_end, at + ((last + 1) << geo.l2_shift))
+                mapped = at + (_length(table) << geo.l2_shift)
+                result.mapped_end = max(result.mapped_end, mapped)
             else:
                 self._read_slice(offset, base, table, at, quiet)
 
@@ -375,4 +400,5 @@ class Scan:
         result.file_clusters = self.use.clusters
         result.end = self.use.last() << self._geometry.l2_shift
         if not result.check_errors:
-            result.leaks = self.use.clusters - self.use.count()
+            used = self.use.count() if self._vectors is None else self._vectors.count()
+            result.leaks = self.use.clusters - used

@@ -30,7 +30,7 @@ class SharedImage:
         self._log = log  # takes one-line notices
         self._trace_line = trace_line
         self._values: dict[str, str] = {}
-        self._lock = ranked_lock(Rank.LIFECYCLE)
+        self._lock = ranked_lock(Rank.SHARED)
         self._retired: QEDImage | None = None  # the read-only one, whose last requests may still be in flight
         self.image: QEDImage  # exists after check(); replaced once, by open()
 

@@ -28,3 +28,19 @@ def format_size(size: int) -> str:
         value /= 1024
         units.pop(0)
     return f"{value:.3g} {units[0]}"
+
+
+def parse_qemu_size(text: str) -> int:
+    """Bytes, from what qemu-img takes for a size: also hexadecimal, but no fraction without a suffix.
+
+    Raises RequestError without saying which size it was.
+    """
+    if re.fullmatch(r"0[xX][0-9a-fA-F]+", text, re.ASCII):
+        size = int(text, 16)
+    elif re.fullmatch(r"[0-9]+\.[0-9]+[bB]?", text, re.ASCII):
+        raise RequestError(f"{text} is not a whole number of bytes")
+    else:
+        return parse_size(text)
+    if size >= 2**64:
+        raise RequestError(f"{text} is too large: sizes are less than 2^64 bytes")
+    return size

@@ -7,7 +7,9 @@ it was told to (Ctrl-C, SIGTERM, SIGHUP).
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -51,51 +54,58 @@ def foreground_terminal() -> int | None:
     return None
 
 
-class Stop(Exception):
-    """A signal asks the server to end."""
-
-
-def stop(signum: int, frame: FrameType | None) -> None:
-    raise Stop
-
-
-def serve(file: Path, directory: Path) -> int:
-    """Run nbdkit until it ends; its exit code."""
+def serve(file: Path, directory: Path, terminal: int | None) -> int:
+    """Run nbdkit until it ends, a signal comes or the terminal goes away; its exit code."""
     socket, pidfile = directory / "sock", directory / "pid"
-    terminal = foreground_terminal()
-    make_group = os.getpgrp()
-
-    # Make ends with an error when Ctrl-C reaches it.  Leave its process group, so that the
-    # terminal sends Ctrl-C here only.  Ctrl-Z would stop us behind the back of make: ignore it.
-    if terminal is not None:
-        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-        os.setpgid(0, 0)
-        os.tcsetpgrp(terminal, os.getpid())
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, stop)
-
     command = ["nbdkit", "-f", "--exit-with-parent", "-U", str(socket), "-P", str(pidfile)]
     command += ["python", str(TOP / "plugin" / "qed.py"), f"file={file}"]
-    server = None
+    server: subprocess.Popen[bytes] | None = None
+    stopped = False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        if server is not None:
+            server.terminate()
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, stop)
+    # In a session of its own: it hears of Ctrl-C once, and from us.
+    server = subprocess.Popen(command, start_new_session=True)
     try:
-        # In its own group, it is told to stop once, by us.
-        server = subprocess.Popen(command, start_new_session=True)
-        while not pidfile.exists() and server.poll() is None:
+        while not pidfile.exists() and server.poll() is None and not stopped:
             time.sleep(0.05)
-        if server.poll() is None:
+        if server.poll() is None and not stopped:
             uri = shlex.quote(f"nbd+unix:///?socket={socket}")
             print(TRY.format(file=shlex.quote(str(file)), uri=uri), flush=True)
-        return server.wait()
-    except Stop:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, signal.SIG_IGN)
-        if server is None:
-            return 0
-        server.terminate()
-        return server.wait()
+            # A hangup is signalled to the leader of the session only, which may be make.
+            events = select.poll()
+            events.register(os.pidfd_open(server.pid), select.POLLIN)
+            if terminal is not None:
+                events.register(terminal, 0)  # POLLHUP
+            events.poll()
     finally:
-        if terminal is not None:
+        server.terminate()
+        server.wait()
+    return server.returncode
+
+
+@contextlib.contextmanager
+def own_process_group() -> Iterator[int | None]:
+    """Let Ctrl-C in the terminal reach this process only: make would end with an error.  The terminal, if any."""
+    terminal = foreground_terminal()
+    if terminal is None:
+        yield None
+        return
+    make_group = os.getpgrp()
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # Ctrl-Z: make would not notice, and stay in the way
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # tcsetpgrp from the background
+    os.setpgid(0, 0)
+    os.tcsetpgrp(terminal, os.getpid())
+    try:
+        yield terminal
+    finally:
+        with contextlib.suppress(OSError):  # the terminal may be gone
             os.tcsetpgrp(terminal, make_group)
 
 
@@ -106,7 +116,8 @@ def main() -> int:
     # Not below TMPDIR: a socket's path is limited to 107 bytes, and this one goes into a URI.
     directory = Path(tempfile.mkdtemp(prefix="qed.", dir="/tmp"))
     try:
-        return serve(file, directory)
+        with own_process_group() as terminal:
+            return serve(file, directory, terminal)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -22,6 +22,12 @@ from .common import PROGRAM
 COMMANDS = (
     "create",
     "info",
+    "check",
+    "salvage",
+    "resize",
+    "rebase",
+    "commit",
+    "compact",
     "map",
     "dump",
     "compare",
@@ -31,7 +37,11 @@ COMMANDS = (
     "amend",
     "bitmap",
 )
-_MODULES = {"snapshot": "refusals", "amend": "refusals", "bitmap": "refusals"}  # command -> module, if named otherwise
+_MODULES = {
+    "snapshot": "refusals",
+    "amend": "refusals",
+    "bitmap": "refusals",
+}  # command -> module, if named otherwise
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -73,7 +83,9 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with errors")
     parser.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {__version__}")
-    parser.add_argument("-T", "--trace", metavar="EVENTS", help="print trace events (names, or all) on standard error")
+    parser.add_argument(
+        "-T", "--trace", metavar="EVENTS", help="print trace events (names, or all) on standard error"
+    )
     return parser
 
 
@@ -117,14 +129,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return build_command_parser(command).parse_intermixed_args(split(argv[at + 1 :]), args)
 
 
-def _report(args: argparse.Namespace, message: str, code: int) -> int:
-    sys.stdout.flush()
-    if args.debug:
-        raise  # noqa: PLE0704 - called by the handlers below only
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return code
-
-
 def _terminate(*_: object) -> NoReturn:
     """SIGTERM: an exception, so that temporary files are removed."""
     sys.exit(128 + signal.SIGTERM)
@@ -132,22 +136,29 @@ def _terminate(*_: object) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+    except QEDError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return EXIT_FAILURE
     failure = getattr(args.module, "FAILURE", EXIT_FAILURE)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = args.module.run(args)
         sys.stdout.flush()
         return int(code)
-    except QEDError as error:
-        return _report(args, str(error), failure)
-    except KeyboardInterrupt:
-        return _report(args, "interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
         # Who read our output has enough; nothing may be printed at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        return _report(args, str(error), failure)
+    except (QEDError, OSError, KeyboardInterrupt) as error:
+        if args.debug:
+            raise
+        sys.stdout.flush()
+        if isinstance(error, KeyboardInterrupt):
+            print(f"{PROGRAM}: interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return int(getattr(error, "exit_code", failure))
     finally:
         signal.signal(signal.SIGTERM, before)

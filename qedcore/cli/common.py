@@ -7,6 +7,7 @@ open_qed() or refuse_if_in_use() before it reads or writes one.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -16,16 +17,19 @@ import sys
 from typing import Any, NamedTuple
 
 from ..chain import open_image, probe
-from ..errors import ImageFormatError, QEDError, RequestError, StorageError, UnsupportedError
+from ..errors import QEDError, RequestError, StorageError, UnsupportedError
+from ..formats import EndPoint, open_raw
 from ..image import QEDImage
-from ..storage.file import CACHE_MODES, open_storage
+from ..sizes import parse_qemu_size
+from ..storage import Storage
+from ..storage.file import CACHE_MODES, CacheMode, cache_mode, open_storage
 
 # Under the name of the program that it stands in for, it also signs its messages as that one.
 PROGRAM = "qemu-img" if os.path.basename(sys.argv[0]) == "qemu-img" else "qed"
 
 QEMU_IMG_VARIABLE = "QED_QEMU_IMG"  # environment: the qemu-img for other formats, instead of the one in PATH
 
-_SHARED = {
+_SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "f": (("-f", "--format"), {"dest": "format", "metavar": "FMT", "help": "format of the image (default: probed)"}),
     "q": (("-q", "--quiet"), {"dest": "quiet", "action": "store_true", "help": "print nothing but errors"}),
     "p": (("-p", "--progress"), {"dest": "progress", "action": "store_true", "help": "print progress, in percent"}),
@@ -33,7 +37,10 @@ _SHARED = {
         ("-U", "--force-share"),
         {"dest": "force_share", "action": "store_true", "help": "open the image even if it is in use"},
     ),
-    "t": (("-t",), {"dest": "cache", "metavar": "CACHE", "help": f"cache mode for writing: {', '.join(CACHE_MODES)}"}),
+    "t": (
+        ("-t",),
+        {"dest": "cache", "metavar": "CACHE", "help": f"cache mode for writing: {', '.join(CACHE_MODES)}"},
+    ),
     "T": (("-T",), {"dest": "source_cache", "metavar": "CACHE", "help": "cache mode for reading"}),
 }
 
@@ -53,7 +60,28 @@ def add_shared(parser: argparse.ArgumentParser, letters: str) -> None:
     parser.add_argument("--object", action="append", metavar="DEF", help="accepted; only qemu-img uses objects")
 
 
-# -- names of images -------------------------------------------------------------------------------------------------
+def _output(text: str) -> str:
+    if text not in ("human", "json"):
+        raise RequestError("--output must be used with human or json as argument.")
+    return text
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=_output, default="human", metavar="human|json")
+
+
+def sized(text: str, what: str) -> int:
+    """A size on the command line in bytes; RequestError, with qemu-img's message, calls it `what`."""
+    try:
+        return parse_qemu_size(text)
+    except RequestError:
+        raise RequestError(
+            f"Invalid {what} specified. You may use k, M, G, T, P or E suffixes for\n"
+            f"{PROGRAM}: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+        ) from None
+
+
+# -- names of images ------------------------------------------------------------------------------------
 
 
 class Location(NamedTuple):
@@ -77,7 +105,11 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
     """{"file": {"filename": X}} as {"file.filename": X}."""
     if not isinstance(tree, dict):
         return {prefix: str(tree)}
-    return {key: value for name, part in tree.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        key: value
+        for name, part in tree.items()
+        for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def locate(name: str, format: str | None = None, image_opts: bool = False) -> Location:
@@ -88,26 +120,30 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
     if image_opts:
         if format is not None:
             raise RequestError("--image-opts and --format are mutually exclusive")
-        options = _options_of(name)
+        options: dict[str, str] = _options_of(name)
     elif name.startswith("json:"):
         try:
             options = _flat(json.loads(name[len("json:") :]))
         except ValueError as error:
             raise RequestError(f"Could not open '{name}': Could not parse the JSON options: {error}") from None
     elif re.match(r"[^/]*:", name):
-        protocol, _, path = name.partition(":")
-        return Location(name, path if protocol == "file" else None, format)
+        protocol, _, rest = name.partition(":")
+        return Location(name, rest if protocol == "file" else None, format)
     else:
         return Location(name, name, format)
-    driver = options.pop("driver", None)
+    driver = options.get("driver")
+    options.pop("driver", None)
     if driver == "file":  # a protocol by itself: its bytes are the image
         return Location(name, options.get("filename"), format or "raw")
     format = driver or format
-    path = options.pop("file.filename", None)
+    path = options.get("file.filename")
+    options.pop("file.filename", None)
     plain = options.pop("file.driver", "file") == "file"
     options.pop("file.locking", None)
     if format == "qed" and plain and path is not None and options:
-        raise UnsupportedError(f"Could not open '{name}': Block format 'qed' does not support the option '{min(options)}'")
+        raise UnsupportedError(
+            f"Could not open '{name}': Block format 'qed' does not support the option '{min(options)}'"
+        )
     return Location(name, path if plain and not options else None, format)
 
 
@@ -122,25 +158,31 @@ def find_format(where: Location) -> str:
         finally:
             storage.close()
     except StorageError as error:
-        raise RequestError(f"Could not open '{where.name}': {open_reason(error)}") from None
+        raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.path)}") from None
 
 
-# -- opening -----------------------------------------------------------------------------------------------------------
+# -- opening --------------------------------------------------------------------------------------------
 
 
-def open_reason(error: QEDError) -> str:
-    """What qemu-img says of an error while opening: the engine says the same, and then adds values."""
+# Beginnings of the engine's messages (pattern) and what qemu-img says: the same without the values.
+_REASONS = (
+    (r"image not in QED format", "Image not in QED format"),
+    (r"unsupported QED features: ([0-9a-f]+)", r"Unsupported QED features: \1"),
+    (r"(QED [a-z0-9 ]+ is (?:invalid|too large))", r"\1"),
+    (r"backing filename of [0-9]+ bytes is too long", "Failed to read backing filename"),
+    (r"cannot open (.*): not a file or block device", r"'file' driver requires '\1' to be a regular file"),
+    (r"cannot open (.*): (.*)", r"Could not open '\1': \2"),
+)
+
+
+def open_reason(error: QEDError, path: str = "") -> str:
+    """What qemu-img says of an error while opening the file at `path`, whose name the engine may put first."""
     text = str(error)
-    opening = re.fullmatch(r"cannot open (.*): (.*)", text, re.DOTALL)
-    if opening is not None:
-        name, reason = opening.groups()
-        if reason.startswith("not a file"):
-            return f"'file' driver requires '{name}' to be a regular file"
-        return f"Could not open '{name}': {reason}"
-    if isinstance(error, (ImageFormatError, UnsupportedError)):
-        words = re.match(r"(?:.*: )?((?:image not|unsupported|QED) [^:(]*(?:: [0-9a-f]+)?)(?: \(|: |$)", text)
-        if words is not None:
-            return words[1][0].upper() + words[1][1:]
+    text = text[len(path) + 2 :] if text.startswith(f"{path}: ") else text
+    for pattern, words in _REASONS:
+        match = re.match(pattern, text, re.DOTALL)
+        if match is not None:
+            return match.expand(words)
     return text
 
 
@@ -149,29 +191,59 @@ def open_qed(
 ) -> QEDImage:
     """Open a QED image and its backing files; `options` go to chain.open_image.
 
-    Raises RequestError with qemu-img's message: Could not open 'NAME': ...
+    Raises QEDError with qemu-img's message: Could not open 'NAME': ...
     """
     if where.path is None:
-        raise UnsupportedError(f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here")
+        raise UnsupportedError(
+            f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here"
+        )
+    refuse_if_in_use(where.path, writable, force_share)
+    current = where.path
+
+    def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
+        nonlocal current
+        current = path
+        return open_storage(path, writable, mode)
+
+    try:
+        return open_image(where.path, writable, cache=cache or "writeback", opener=opener, **options)
+    except QEDError as error:
+        reason = open_reason(error, current)
+        if current != where.path:
+            reason = f"Could not open backing file: {reason}"
+        raise RequestError(f"Could not open '{where.name}': {reason}") from error
+
+
+def open_end_point(
+    where: Location, writable: bool = False, *, cache: str | None = None, force_share: bool = False
+) -> EndPoint:
+    """Open a QED image or a raw file, as find_format tells.  Raises QEDError with qemu-img's message."""
+    if find_format(where) == "qed":
+        return open_qed(where, writable, cache=cache, force_share=force_share)
+    assert where.path is not None
     refuse_if_in_use(where.path, writable, force_share)
     try:
-        return open_image(where.path, writable, cache=cache or "writeback", **options)
-    except QEDError as error:
-        reason = open_reason(error)
-        text = str(error)
-        if text.startswith((f"{where.path}: ", f"cannot open {where.path}: ")) or where.path == reason:
-            raise type(error)(f"Could not open '{where.name}': {reason}") from None
-        if isinstance(error, StorageError) and not text.startswith("cannot open "):
-            raise
-        if not reason.startswith("Could not open") and ": " in text:
-            reason = f"Could not open '{text.split(': ')[0]}': {reason}"
-        raise type(error)(f"Could not open '{where.name}': Could not open backing file: {reason}") from None
+        return open_raw(where.path, writable, cache_mode(cache or "writeback"))
+    except StorageError as error:
+        raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.path)}") from error
+
+
+def notice(line: str) -> None:
+    """Say on standard error what was done besides the task, such as a repair; for open_image's `log`."""
+    print(f"{PROGRAM}: {line}", file=sys.stderr)
 
 
 def check_cache(name: str | None, what: str = "cache") -> None:
     """Raise RequestError unless `name` is a cache mode; `what` is "cache" or "source cache"."""
     if name is not None and name not in CACHE_MODES:
         raise RequestError(f"Invalid {what} option: {name}")
+
+
+def only_image(files: list[str]) -> str:
+    """The one image name of a command that takes one."""
+    if len(files) != 1:
+        raise RequestError("Expecting one image file name")
+    return files[0]
 
 
 def refuse_if_in_use(path: str, writable: bool, force_share: bool = False) -> None:
@@ -181,7 +253,7 @@ def refuse_if_in_use(path: str, writable: bool, force_share: bool = False) -> No
     """
 
 
-# -- other formats -----------------------------------------------------------------------------------------------------
+# -- other formats --------------------------------------------------------------------------------------
 
 
 def find_qemu_img() -> str | None:
@@ -206,7 +278,7 @@ def delegate(args: argparse.Namespace, what: str) -> int:
     return subprocess.run([program, *args.argv], check=False).returncode
 
 
-# -- progress ----------------------------------------------------------------------------------------------------------
+# -- progress -------------------------------------------------------------------------------------------
 
 
 class Progress:
@@ -215,23 +287,26 @@ class Progress:
     With -p as qemu-img prints it; else, on a terminal and without -q, a bar if tqdm is installed; else nothing.
     """
 
-    def __init__(self, args: argparse.Namespace, total: int, label: str = "") -> None:
+    def __init__(self, args: argparse.Namespace, total: float, label: str = "") -> None:
         self._total = total
         self._percent = -1.0
+        self._stopped = False
         self._lines = args.progress and not args.quiet
         self._bar: Any = None
         if not self._lines and not args.quiet and sys.stderr.isatty():
             try:
-                from tqdm import tqdm
+                tqdm = importlib.import_module("tqdm").tqdm
             except ImportError:
                 return
-            self._bar = tqdm(total=total, desc=label or None, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
+            self._bar = tqdm(
+                total=total, desc=label or None, unit="B", unit_scale=True, unit_divisor=1024, leave=False
+            )
 
     def __enter__(self) -> Progress:
         self.update(0)
         return self
 
-    def update(self, done: int) -> None:
+    def update(self, done: float) -> None:
         """`done` of the total is done."""
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
@@ -242,9 +317,17 @@ class Progress:
                 self._percent = percent
                 print(f"    ({percent:.2f}/100%)", end="\r", flush=True)
 
+    def finish(self) -> None:
+        """All is done."""
+        self.update(self._total or 1)
+
+    def stop(self) -> None:
+        """The rest need not be done: end without 100 percent."""
+        self._stopped = True
+
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.update(self._total or 1)
+        if kind is None and not self._stopped:
+            self.finish()
         if self._bar is not None:
             self._bar.close()
         elif self._lines:

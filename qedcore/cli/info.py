@@ -5,53 +5,171 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 from typing import Any
 
-from ..chain import open_image, resolve
-from ..errors import UnsupportedError
-from ..header import FEATURE_NAMES, FEATURE_NO_PROBE
+from ..chain import resolve
+from ..check import Walk
+from ..errors import RequestError, StorageError, UnsupportedError
+from ..geometry import SECTOR, round_up
+from ..header import FEATURE_NAMES, FEATURE_NO_PROBE, read_header
 from ..image import QEDImage
 from ..sizes import format_size
+from ..storage.file import open_storage
+from ..table import TableIO
+from .common import (
+    Location,
+    add_output,
+    add_shared,
+    delegate,
+    find_format,
+    find_qemu_img,
+    locate,
+    only_image,
+    open_qed,
+)
 
 HELP = "describe an image"
+EPILOG = """\
+--verbose adds what qemu-img does not tell: table_size, features, and how many clusters of the file are in use (for
+which it reads all tables).  "dirty" means that the image was not closed cleanly; it is said whenever it is so.
+"""
+
+Facts = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", choices=("human", "json"), default="human")
-    parser.add_argument("file", metavar="FILE")
+    add_shared(parser, "fU")
+    add_output(parser)
+    parser.add_argument("--backing-chain", action="store_true", help="describe all the backing files, too")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell more than qemu-img does")
+    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
-def describe(path: str, image: QEDImage) -> dict[str, Any]:
-    """The facts under qemu-img's JSON names, and table-size and features, which it lacks."""
+def describe(name: str, path: str, image: QEDImage) -> Facts:
+    """The facts under qemu-img's JSON names and in its order."""
     header = image.header
-    facts: dict[str, Any] = {
-        "virtual-size": header.image_size,
-        "filename": path,
-        "cluster-size": header.cluster_size,
-        "table-size": header.table_size,
-        "format": "qed",
-        "actual-size": os.stat(path).st_blocks * 512,
-        "features": [name for bit, name in FEATURE_NAMES.items() if header.features & bit],
-        "dirty-flag": header.need_check,
-    }
+    facts: Facts = {}
+    if image.backing_name is not None and header.features & FEATURE_NO_PROBE:
+        facts["backing-filename-format"] = "raw"
+    facts.update(_plain(name, path, header.image_size, "qed", header.cluster_size))
     if image.backing_name is not None:
-        facts["backing-filename"] = image.backing_name
         try:
             facts["full-backing-filename"] = resolve(image.backing_name, path)
         except UnsupportedError:
             facts["full-backing-filename"] = image.backing_name
-        if header.features & FEATURE_NO_PROBE:
-            facts["backing-filename-format"] = "raw"
+        facts["backing-filename"] = image.backing_name
+    facts["dirty-flag"] = header.need_check
     return facts
 
 
-def print_human(facts: dict[str, Any]) -> None:
+def _plain(name: str, path: str, size: int, format: str, cluster_size: int = 0) -> Facts:
+    facts: Facts = {"virtual-size": size, "filename": name}
+    if cluster_size:
+        facts["cluster-size"] = cluster_size
+    return {**facts, "format": format, "actual-size": os.stat(path).st_blocks * SECTOR}
+
+
+def describe_raw(where: Location) -> Facts:
+    assert where.path is not None
+    try:
+        storage = open_storage(where.path, writable=False)
+        try:
+            size = round_up(storage.size(), SECTOR)
+        finally:
+            storage.close()
+    except StorageError as error:
+        raise RequestError(
+            f"Could not open '{where.name}': Could not open '{where.path}': {os.strerror(error.errno)}"
+        ) from None
+    return {**_plain(where.name, where.path, size, "raw"), "dirty-flag": False}
+
+
+def details(path: str, image: QEDImage) -> Facts:
+    """What --verbose adds.  Reads all tables.  Raises StorageError."""
+    storage = open_storage(path, writable=False)
+    try:
+        header, geometry, bounds = read_header(storage)
+        found = Walk(TableIO(storage), geometry, bounds, header.l1_table_offset).run()
+    finally:
+        storage.close()
+    return {
+        "table-size": header.table_size,
+        "features": [name for bit, name in FEATURE_NAMES.items() if header.features & bit],
+        "allocated-clusters": found.allocated,
+        "free-clusters": max(bounds.end // header.cluster_size - found.referenced, 0),
+    }
+
+
+class Chain:
+    """The descriptions of an image and, if wanted, of all that is under it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self.layers: list[Facts] = []
+        self.tail = ""  # qemu-img's human description of layers in other formats
+        self._seen: set[object] = set()
+
+    def follow(self, where: Location) -> None:
+        """Describe the image at `where` and its backing files.  Raises QEDError."""
+        next_image: Location | None = where
+        while next_image is not None:
+            next_image = self._layer(next_image)
+            if not self._args.backing_chain:
+                return
+
+    def _layer(self, where: Location) -> Location | None:
+        """Describe one image; returns the one under it."""
+        if where.path is not None:
+            self._refuse_loop(where)
+        format = find_format(where)
+        if where.path is None or format not in ("raw", "qed"):
+            self._foreign(where, format)
+            return None
+        if format == "raw":
+            self.layers.append(describe_raw(where))
+            return None
+        with open_qed(where, force_share=self._args.force_share, follow=False) as image:
+            facts = describe(where.name, where.path, image)
+            if self._args.verbose:
+                facts.update(details(where.path, image))
+        self.layers.append(facts)
+        backing: str | None = facts.get("full-backing-filename")
+        if backing is None:
+            return None
+        return locate(backing, facts.get("backing-filename-format"))
+
+    def _refuse_loop(self, where: Location) -> None:
+        try:
+            info = os.stat(where.path or "")
+        except OSError:
+            return  # opening it will tell
+        if (info.st_dev, info.st_ino) in self._seen:
+            raise RequestError(f"Backing file '{where.path}' creates an infinite loop.")
+        self._seen.add((info.st_dev, info.st_ino))
+
+    def _foreign(self, where: Location, format: str) -> None:
+        """Layers in another format: qemu-img describes them."""
+        program = find_qemu_img()
+        if program is None:
+            raise UnsupportedError(f"Could not open '{where.name}': describing it ({format}) needs qemu-img")
+        command = [program, "info", "--backing-chain", f"--output={self._args.output}", where.name]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            raise RequestError(done.stderr.strip().partition(": ")[2])
+        if self._args.output == "json":
+            self.layers += json.loads(done.stdout)
+        else:
+            self.tail = done.stdout
+
+
+def print_human(facts: Facts) -> None:
     print(f"image: {facts['filename']}")
-    print("file format: qed")
+    print(f"file format: {facts['format']}")
     print(f"virtual size: {format_size(facts['virtual-size'])} ({facts['virtual-size']} bytes)")
     print(f"disk size: {format_size(facts['actual-size'])}")
-    print(f"cluster_size: {facts['cluster-size']}")
-    print(f"table_size: {facts['table-size']}")
+    if "cluster-size" in facts:
+        print(f"cluster_size: {facts['cluster-size']}")
     if "backing-filename" in facts:
         line = f"backing file: {facts['backing-filename']}"
         if facts["full-backing-filename"] != facts["backing-filename"]:
@@ -59,15 +177,28 @@ def print_human(facts: dict[str, Any]) -> None:
         print(line)
     if "backing-filename-format" in facts:
         print(f"backing file format: {facts['backing-filename-format']}")
+    if "table-size" in facts:
+        print(f"table_size: {facts['table-size']}")
+        print(f"features: {', '.join(facts['features']) or 'none'}")
+        print(f"allocated clusters: {facts['allocated-clusters']}")
+        print(f"free clusters: {facts['free-clusters']}")
     if facts["dirty-flag"]:
         print("dirty: not closed cleanly; opening it for writing checks and repairs it")
 
 
 def run(args: argparse.Namespace) -> int:
-    with open_image(args.file, writable=False, follow=False) as image:
-        facts = describe(args.file, image)
+    where = locate(only_image(args.files), args.format, args.image_opts)
+    if where.path is None or find_format(where) not in ("raw", "qed"):
+        return delegate(args, f"describing {where.name} ({where.format or find_format(where)})")
+    chain = Chain(args)
+    chain.follow(where)
     if args.output == "json":
-        print(json.dumps(facts, indent=4))
-    else:
+        print(json.dumps(chain.layers if args.backing_chain else chain.layers[0], indent=4))
+        return 0
+    for i, facts in enumerate(chain.layers):
+        if i:
+            print()
         print_human(facts)
+    if chain.tail:
+        print(f"\n{chain.tail}", end="")
     return 0

@@ -61,7 +61,7 @@ class DirectStorage(FileStorage):
 
     def _blocks(self, length: int, offset: int) -> Iterator[tuple[int, int, int, int]]:
         """Cut a request into rounds of (block offset, block bytes, start and end of the request's bytes in them)."""
-        end = offset + length
+        end = offset + length if length else 0
         start = offset - offset % self.block
         while start < end:
             size = min(-(-(end - start) // self.block) * self.block, _BOUNCE_BYTES)

@@ -43,6 +43,9 @@ class GroupCommit:
                     self._sync()
                 except StorageError as error:
                     failure = error
+                except BaseException as error:
+                    failure = StorageError(f"a flush did not end: {error!r}")
+                    raise
                 finally:
                     cond.acquire()
                     self._running = False

@@ -127,7 +127,14 @@ def test_deep_chain(tmp_path: Path, image: Callable[..., Built], serve: Serve, d
     raw_file(tmp_path / "0.qed", MiB)  # the base is raw in spite of its name
     model = Model(MiB, raw_reader(tmp_path / "0.qed"))
     for n in range(1, depth + 1):
-        built = image(name=f"{n}.qed", size=MiB, layout={n % 16: "data"}, tag=n % 127 + 1, backing=f"{n - 1}.qed", no_probe=n == 1)
+        built = image(
+            name=f"{n}.qed",
+            size=MiB,
+            layout={n % 16: "data"},
+            tag=n % 127 + 1,
+            backing=f"{n - 1}.qed",
+            no_probe=n == 1,
+        )
         model.write(n % 16 * CS, built.read(n % 16 * CS, CS))
     server = serve(tmp_path / f"{depth}.qed")
     client = server.connect()

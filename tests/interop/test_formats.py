@@ -214,12 +214,13 @@ def test_create_and_info_agree_with_qemu_img(tmp_path: Path) -> None:
             assert str(read_header(theirs)[name]) in text.replace(",", ""), (name, text)
 
 
-def test_info_of_something_else_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"x" * 4096)
-    for target in ("x", "absent"):
+def test_info_of_what_does_not_open_is_one_line(image: Callable[..., Built], tmp_path: Path) -> None:
+    image(name="broken.qed", header={"table_size": 3})
+    for target, words in (("broken.qed", "table size is invalid"), ("absent.qed", "absent.qed")):
         result = run([PYTHON, "-m", "qedcore", "info", tmp_path / target], cwd=REPO)
         assert result.rc != 0
         assert len(result.err.splitlines()) == 1 and "Traceback" not in result.text, result.text
+        assert words in result.err
 
 
 # Copies in both directions

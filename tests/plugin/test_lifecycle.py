@@ -13,7 +13,7 @@ from support import qemu
 from support.flight import Flight, check_fates
 from support.patterns import KiB, MiB, Op, assert_same, device, stamp
 from support.qed_image import Built, Geometry, QedFile, assert_sound, read_header
-from support.server import Nbdkit, disconnect, wait_for
+from support.server import Nbdkit, disconnect, import_nbd, wait_for
 
 Serve = Callable[..., Nbdkit]
 CS = 64 * KiB
@@ -113,20 +113,42 @@ def test_kill_with_writes_in_flight_and_restart(
             check_fates(flight, untouched, oracle.read, before(tmp_path, built))
 
 
+# nbdkit before 1.34 may abort when a client hangs up while several threads answer it (its release notes: "rare
+# assertion failure ... clients hanging up early"). No plugin can help that; to us it is one more kill.
+HANGUP_ABORT = "raw_send_socket: Assertion"
+
+
 def test_client_that_disconnects_in_flight(image: Callable[..., Built], serve: Serve, rng: random.Random) -> None:
     built = image(size=64 * MiB, cluster_size=4 * KiB, table_size=2)
     server = serve(built.path)
     stays = server.connect()
-    stays.pwrite(stamp(1, 0, 512), 0)
-    for _ in range(5):
+    stays.pwrite(stamp(1, 0, 512), 0)  # the others start at 512
+    ops = scattered(rng, built.spec.size, 1000)
+    acked: list[Op] = []
+    aborted = False
+    for start in range(0, 1000, 200):
         flight = Flight(server.connect())
-        flight.issue(scattered(rng, built.spec.size, 200))
+        flight.issue(ops[start : start + 200])
         flight.poll_until(lambda flight=flight: len(flight.acked) >= 5)
+        acked += flight.acked
         flight.abandon()
-        assert_same(stays.pread(512, 0), stamp(1, 0, 512))
-    stays.shutdown()
-    server.stop()
-    qemu.assert_check_clean(built.path)
+        try:
+            assert_same(stays.pread(512, 0), stamp(1, 0, 512))
+        except import_nbd().Error:
+            assert server.wait() == -signal.SIGABRT and HANGUP_ABORT in server.log()
+            aborted = True
+            server = serve(built.path)
+            stays = server.connect()
+    for op in acked:
+        assert_same(stays.pread(op.length, op.pos), op.data, op.pos)
+    disconnect(stays)
+    server.send_signal(signal.SIGTERM)
+    if server.wait() != 0:
+        assert HANGUP_ABORT in server.log()
+    elif aborted:
+        assert_sound(built.path, leaks=None)
+    else:
+        qemu.assert_check_clean(built.path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])

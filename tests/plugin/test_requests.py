@@ -218,7 +218,16 @@ def test_flush_and_fua_reach_the_disk(
     server = serve(
         built.path,
         cache=cache,
-        wrapper=["strace", "-D", "-f", "-qq", "-o", str(log), "-e", "trace=pwrite64,pwritev,pwritev2,fdatasync,fsync"],
+        wrapper=[
+            "strace",
+            "-D",
+            "-f",
+            "-qq",
+            "-o",
+            str(log),
+            "-e",
+            "trace=pwrite64,pwritev,pwritev2,fdatasync,fsync",
+        ],
     )
     client = server.connect()
     client.pwrite(b"w" * 4096, 4096)

@@ -21,8 +21,8 @@ TIMEOUT = 20  # seconds: a hang is a failure, nothing waits this long otherwise
 def unavailable(reason: str) -> NoReturn:
     """Skip, or fail where everything must be installed."""
     if os.environ.get("CI") == "true":
-        pytest.fail(f"CI must have this: {reason}")
-    pytest.skip(reason)
+        raise pytest.fail.Exception(f"CI must have this: {reason}")
+    raise pytest.skip.Exception(reason)
 
 
 def require(*programs: str) -> None:

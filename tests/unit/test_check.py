@@ -311,6 +311,23 @@ def test_clusters_after_the_repair_do_not_collide(image: Image) -> None:
         assert_same(file.read(0, 2 * CS), built.read(0, 2 * CS))
 
 
+@pytest.mark.parametrize(
+    ("entries", "cut", "cleared"),
+    [({}, True, True), ({3: lambda b: b.end, 70: lambda b: b.end}, True, True), ({3: 5}, False, True),
+     ({3: lambda b: b.offsets[0]}, False, False)],
+    ids=["tail", "crash", "wild", "shared"],
+)  # fmt: skip
+def test_order_of_repair(image: Image, entries: dict[int, Any], cut: bool, cleared: bool) -> None:
+    """The repair is durable before the flag that asks for it goes, and that before anything else is done."""
+    built = image(**dirty({"layout": "DD", "leaks": 2, "entries": entries}))
+    img, tap = open_tapped(built.path)
+    fixed = 0 if not cleared else len(entries)
+    want = ["pwrite"] * fixed + ["truncate"] * cut + ["flush"] + ["pwrite", "flush"] * cleared
+    assert [call.name for call in tap.log] == want
+    assert [call.offset for call in tap.log if call.name == "pwrite"][fixed:] == [0] * cleared
+    img.close()
+
+
 def test_readers_repair_nothing(image: Image) -> None:
     built = image(**dirty({"layout": "D", "entries": {1: lambda b: b.end}, "leaks": 1}))
     before = built.path.read_bytes()

@@ -195,7 +195,7 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
 
         def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
             result = real_open(file, mode, *args, **kwargs)
-            if "b" in mode and ("w" in mode or "x" in mode):
+            if "b" in mode and mode != "rb":
                 result = Full(result)
             return result
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from fakes import CHANGES, Call, FailAt, Gate, Hook, Job, Tap, open_tapped
-from support.patterns import GiB, KiB, MiB, Model, assert_same, check_model, random_ops, stamp
+from support.patterns import GiB, KiB, MiB, Model, assert_same, check_model, random_ops, stamp, zeros
 from support.qed_image import Built, Geometry, QedFile, assert_sound, raw_reader
 
 import qedcore
+from qedcore import alloc
 from qedcore.errors import QEDError, ReadOnlyError, RequestError, ShutdownError, StorageError
 
 Image = Callable[..., Built]
@@ -105,36 +106,40 @@ PLACES = [
 
 @pytest.mark.parametrize(("s", "edge", "backing"), PLACES, ids=str)
 def test_boundaries(image: Image, tmp_path: Path, rng: random.Random, s: Shape, edge: int, backing: bool) -> None:
-    """Each write and each zero on an image of its own, whose clusters are of random kinds."""
-    cs = s.geometry.cluster_size
+    """Writes and zeros in groups, each group on an image of its own, whose clusters are of random kinds."""
+    cs, group = s.geometry.cluster_size, 6
     todo = list(cases(s, edge))
-    # Another part of the matrix with every seed; with 64 MiB a backing file is expensive.
-    for pos, length in rng.sample(todo, min(len(todo), 4 if cs > 2 * MiB and backing else 30)):
-        zero = rng.random() < 0.4
+    rng.shuffle(todo)
+    if cs > 2 * MiB and backing:
+        todo = todo[:group]  # each fills clusters of 64 MiB
+    base = tmp_path / "base.raw"
+    for start in range(0, len(todo), group):
         spec: dict[str, Any] = {"cluster_size": cs, "table_size": s.geometry.table_size, "size": s.size}
-        base = tmp_path / "base.raw"
         if backing:
             make_base(rng, base, s, edge)
             spec |= {"backing": "base.raw", "no_probe": True}
         built = image(layout=kinds_around(rng, s, edge), **spec)
-        below = raw_reader(base) if backing else None
-        model = Model(s.size, lambda p, n: built.read(p, n, below) if below else built.read(p, n))  # noqa: B023
-        lo = max(0, pos - 2 * s.n)
-        around = min(s.size, pos + length + 2 * s.n) - lo
-        what = f"{'zero' if zero else 'write'} {length} at {pos:#x} (edge {edge:#x}), {built.kinds}"
+        below = raw_reader(base) if backing else zeros
+        model = Model(s.size, lambda p, n: built.read(p, n, below))  # noqa: B023
+        done = [f"edge {edge:#x}, {built.kinds}"]
+        lo = max(0, edge - 5 * s.n)
+        around = min(s.size, edge + 5 * s.n) - lo
         with qedcore.open_image(built.path) as img:
-            if zero:
-                img.zero(pos, length)
-                model.zero(pos, length)
-            else:
-                img.pwrite(stamp(5, pos, length), pos)
-                model.write(pos, stamp(5, pos, length))
-            assert img.pread(around, lo) == model.read(lo, around), what
-            assert img.pread(length, pos) == model.read(pos, length), what
+            for pos, length in todo[start : start + group]:
+                zero = rng.random() < 0.4
+                done.append(f"{'zero' if zero else 'write'} {length} at {pos:#x}")
+                if zero:
+                    img.zero(pos, length)
+                    model.zero(pos, length)
+                else:
+                    img.pwrite(stamp(len(done), pos, length), pos)
+                    model.write(pos, stamp(len(done), pos, length))
+                assert img.pread(around, lo) == model.read(lo, around), done
+                assert img.pread(length, pos) == model.read(pos, length), done
         report = assert_sound(built.path)
-        assert report.leaks == [], what
+        assert report.leaks == [], done
         with QedFile(built.path) as file:
-            assert file.read(lo, around) == model.read(lo, around), what
+            assert file.read(lo, around) == model.read(lo, around), done
 
 
 @pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
@@ -503,32 +508,38 @@ class Scene:
     zero: bool = False
 
 
+KS = 4 * KiB  # cluster size of these scenes
+END = 16 * KS
+BACKED = END
+
 SCENES = {
-    "no table": Scene("", 3 * CS + 100, 3000),
-    "no cluster": Scene("D----", 3 * CS + 100, 3000),
-    "zero clusters": Scene("DZZZZZ", 2 * CS + 100, 2 * CS),
-    "in place": Scene("DDDDD", 3 * CS + 100, 3000),
-    "mixed": Scene("D-ZD-Z", CS - 300, 4 * CS),
-    "no table, backing": Scene("", 3 * CS + 100, 3000, MiB),
-    "no cluster, backing": Scene("D----", 3 * CS + 100, 3000, MiB),
-    "zero clusters, backing": Scene("DZZZZZ", 2 * CS + 100, 2 * CS, MiB),
-    "zero": Scene("D----", CS, 3 * CS, MiB, zero=True),
-    "zero, no table": Scene("", 100, 3 * CS, MiB, zero=True),
-    "zero, mixed": Scene("D-ZD-Z", CS - 300, 4 * CS, MiB, zero=True),
+    "no table": Scene("", 3 * KS + 100, 700),
+    "no cluster": Scene("D----", 3 * KS + 100, 700),
+    "zero clusters": Scene("DZZZZZ", 2 * KS + 100, 2 * KS),
+    "in place": Scene("DDDDD", 3 * KS + 100, 700),
+    "mixed": Scene("D-ZD-Z", KS - 300, 4 * KS),
+    "no table, backing": Scene("", 3 * KS + 100, 700, BACKED),
+    "no cluster, backing": Scene("D----", 3 * KS + 100, 700, BACKED),
+    "zero clusters, backing": Scene("DZZZZZ", 2 * KS + 100, 2 * KS, BACKED),
+    "zero": Scene("D----", KS, 3 * KS, BACKED, zero=True),
+    "zero, no table": Scene("", 100, 3 * KS, BACKED, zero=True),
+    "zero, mixed": Scene("D-ZD-Z", KS - 300, 4 * KS, BACKED, zero=True),
 }
-END = 16 * CS
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.EAGAIN], ids=["EIO", "EAGAIN"])
 @pytest.mark.parametrize("name", SCENES)
-def test_every_failed_call(tapped: Tapped, tmp_path: Path, name: str, code: int, late: bool) -> None:
+def test_every_failed_call(
+    tapped: Tapped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int, late: bool
+) -> None:
     """B2, B6: the request fails with that errno; what memory says is what the disk says; nothing is lost later."""
     scene = SCENES[name]
+    monkeypatch.setattr(alloc, "GROWTH_STEP", 4 * KS)
     for n in range(1, 100):
         fault = FailAt(n, [*CHANGES, "pread"], code, late)
         fault.armed = False
-        img, tap, built = tapped(fault, scene.backing, layout=scene.layout)
+        img, tap, built = tapped(fault, scene.backing, layout=scene.layout, cluster_size=KS, table_size=2)
         old = img.pread(END, 0)
         new = bytearray(old)
         data = bytes(scene.length) if scene.zero else stamp(6, scene.pos, scene.length)
@@ -559,7 +570,7 @@ def test_every_failed_call(tapped: Tapped, tmp_path: Path, name: str, code: int,
             assert file.read(0, END) == got, where
             assert not file.verify().errors, where
         # Other clusters of the same table, then the same request again.
-        more = {7 * CS + 5000: b"other" * 50, scene.pos + scene.length + 700: b"near" * 50}
+        more = {7 * KS + 500: b"other" * 50, scene.pos + scene.length + 600: b"near" * 50}
         expected = bytearray(got)
         for pos, text in more.items():
             img.pwrite(text, pos)

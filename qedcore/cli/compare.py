@@ -1,0 +1,191 @@
+"""qed compare"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from typing import Callable
+
+from ..errors import QEDError, RequestError
+from ..formats import BUFFER, EndPoint, Run, block_status, first_nonzero
+from ..geometry import SECTOR
+from .common import (
+    Location,
+    Progress,
+    add_shared,
+    check_cache,
+    delegate,
+    find_format,
+    locate,
+    open_end_point,
+)
+from .foreign import URI, option_words, serve
+
+HELP = "compare the contents of two images"
+EPILOG = """\
+exit codes: 0 the images are identical, 1 they differ, 2 an image cannot be opened, 3 its tables cannot be read,
+4 its data cannot be read
+"""
+
+DIFFERENT = 1
+FAILURE = 2  # exit codes of qemu-img
+BAD_STATUS = 3
+BAD_READ = 4
+
+
+class CompareError(QEDError):
+    """Reading failed: the message, and the exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, "fpqTU")
+    parser.add_argument("-F", dest="second_format", metavar="FMT", help="format of the second image")
+    parser.add_argument("-s", "--strict", action="store_true", help="also compare sizes and what is allocated")
+    parser.add_argument("files", metavar="FILE1 FILE2", nargs="*")
+
+
+class Comparison:
+    """Two open images."""
+
+    def __init__(
+        self,
+        images: tuple[EndPoint, EndPoint],
+        names: tuple[str, str],
+        progress: Progress,
+        say: Callable[[str], None],
+    ) -> None:
+        self._images = images
+        self._names = names
+        self._progress = progress
+        self._say = say  # takes lines for the user
+        self._buffers = (bytearray(BUFFER), bytearray(BUFFER))
+        self._end = max(image.size for image in images)  # bytes
+
+    def run(self, strict: bool) -> str | None:
+        """What is different; None if nothing is.  Raises CompareError."""
+        sizes = [image.size for image in self._images]
+        if strict and sizes[0] != sizes[1]:
+            return "Strict mode: Image size mismatch!"
+        found = self._common(min(sizes), strict)
+        if found is None and sizes[0] != sizes[1]:
+            self._say("Warning: Image size mismatch!")
+            found = self._rest(0 if sizes[0] > sizes[1] else 1, min(sizes))
+        return found
+
+    def _common(self, end: int, strict: bool) -> str | None:
+        """Compare [0, end); what is wrong, if anything."""
+        pos = 0
+        while pos < end:
+            one, two = self._status(0, pos, end - pos), self._status(1, pos, end - pos)
+            n = min(one.length, two.length)
+            if strict and _flags(one) != _flags(two):
+                return f"Strict mode: Offset {pos} block status mismatch!"
+            found = None
+            if one.data and two.data:
+                n = min(n, BUFFER)
+                found = self._differ(pos, n)
+            elif one.data or two.data:
+                n = min(n, BUFFER)
+                found = self._nonzero(0 if one.data else 1, pos, n)
+            if found is not None:
+                return f"Content mismatch at offset {found}!"
+            pos += n
+            self._progress.update(pos)
+        return None
+
+    def _rest(self, which: int, pos: int) -> str | None:
+        """The part of the longer image past the end of the other one must be zeros."""
+        while pos < self._end:
+            run = self._status(which, pos, self._end - pos)
+            n = run.length
+            if run.data:
+                n = min(n, BUFFER)
+                found = self._nonzero(which, pos, n)
+                if found is not None:
+                    return f"Content mismatch at offset {found}!"
+            pos += n
+            self._progress.update(pos)
+        return None
+
+    def _status(self, which: int, pos: int, length: int) -> Run:
+        try:
+            return block_status(self._images[which], pos, length)
+        except QEDError as error:
+            raise CompareError(
+                f"Sector allocation test failed for {self._names[which]}: {error}", BAD_STATUS
+            ) from error
+
+    def _read(self, which: int, pos: int, n: int) -> memoryview:
+        view = memoryview(self._buffers[which])[:n]
+        try:
+            self._images[which].pread_into(view, pos)
+        except QEDError as error:
+            message = f"Error while reading offset {pos} of {self._names[which]}: {error}"
+            raise CompareError(message, BAD_READ) from error
+        return view
+
+    def _nonzero(self, which: int, pos: int, n: int) -> int | None:
+        self._read(which, pos, n)
+        found = first_nonzero(self._buffers[which], n)
+        return None if found is None else pos + found
+
+    def _differ(self, pos: int, n: int) -> int | None:
+        one, two = bytes(self._read(0, pos, n)), bytes(self._read(1, pos, n))
+        if one == two:
+            return None
+        return pos + next(i for i in range(0, n, SECTOR) if one[i : i + SECTOR] != two[i : i + SECTOR])
+
+
+def _flags(run: Run) -> tuple[bool, bool, bool, bool]:
+    """What qemu-img compares in strict mode."""
+    return run.data, run.zero, run.present, run.offset is not None
+
+
+def compare(args: argparse.Namespace, places: tuple[Location, Location]) -> int:
+    """Compare two images, QED or raw; the exit code."""
+
+    def say(line: str) -> None:
+        if not args.quiet:
+            print(line)
+
+    with ExitStack() as stack:
+        images = []
+        for where in places:
+            images.append(open_end_point(where, cache=args.source_cache, force_share=args.force_share))
+            stack.callback(images[-1].close)
+        # qemu-img says its verdict before it ends the line of the progress
+        progress = stack.enter_context(Progress(args, max(image.size for image in images)))
+        names = (places[0].name, places[1].name)
+        difference = Comparison((images[0], images[1]), names, progress, say).run(args.strict)
+        if difference is None:
+            progress.finish()
+            say("Images are identical.")
+            return 0
+        progress.stop()
+        say(difference)
+        return DIFFERENT
+
+
+def run(args: argparse.Namespace) -> int:
+    if len(args.files) != 2:
+        raise RequestError("Expecting two image file names")
+    check_cache(args.source_cache, "source cache")
+    places = (
+        locate(args.files[0], args.format, args.image_opts),
+        locate(args.files[1], args.second_format, args.image_opts),
+    )
+    formats = [find_format(where) for where in places]
+    if all(where.path is not None and name in ("qed", "raw") for where, name in zip(places, formats)):
+        return compare(args, places)
+    if "qed" not in formats or args.strict:
+        return delegate(args, f"comparing {places[0].name} ({formats[0]}) and {places[1].name} ({formats[1]})")
+    served = formats.index("qed")
+    other = 1 - served
+    words = ["compare", *option_words(f="raw", F=places[other].format, p=args.progress, q=args.quiet)]
+    path = places[served].path
+    assert path is not None
+    return serve(path, [*words, URI, places[other].name], f"comparing with {places[other].name} ({formats[other]})")

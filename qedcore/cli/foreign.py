@@ -1,0 +1,61 @@
+"""Images in formats that are neither QED nor raw: qemu-img works on them, and reaches the QED side through nbdkit.
+
+nbdkit serves one QED image with our plugin on a private Unix socket while qemu-img runs, and ends with it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UnsupportedError
+from .common import find_qemu_img
+
+PLUGIN_VARIABLE = "QED_PLUGIN"  # environment: path of qed.py, instead of the one that came with this program
+URI = "\0uri"  # stands for the served image among the arguments of qemu-img
+
+
+def find_plugin() -> str | None:
+    """The path of the nbdkit plugin; None if it cannot be found."""
+    candidates = [
+        os.environ.get(PLUGIN_VARIABLE, ""),
+        str(Path(__file__).resolve().parents[2] / "plugin" / "qed.py"),
+        os.path.join(sys.prefix, "share", "nbdkit", "qed.py"),
+    ]
+    return next((path for path in candidates if os.path.isfile(path)), None)
+
+
+def serve(image: str, arguments: Sequence[str], what: str, *, writable: bool = False) -> int:
+    """Serve the QED image at path `image` and run qemu-img with `arguments`, URI among them; its exit code.
+
+    Raises UnsupportedError, naming `what` was wanted, when a program is missing.
+    """
+    qemu_img, nbdkit, plugin = find_qemu_img(), shutil.which("nbdkit"), find_plugin()
+    if qemu_img is None or nbdkit is None or plugin is None:
+        missing = [
+            name
+            for name, found in (("qemu-img", qemu_img), ("nbdkit", nbdkit), ("the nbdkit plugin qed.py", plugin))
+            if found is None
+        ]
+        raise UnsupportedError(f"{what} needs {' and '.join(missing)}, which cannot be found")
+    # nbdkit puts the socket's URI into $uri of the command's environment
+    words = " ".join('"$uri"' if word == URI else shlex.quote(word) for word in [qemu_img, *arguments])
+    command = [nbdkit, "-U", "-", *([] if writable else ["-r"]), "python", plugin, f"file={os.path.abspath(image)}"]
+    sys.stdout.flush()
+    return subprocess.run([*command, "--run", words], check=False).returncode
+
+
+def option_words(**options: object) -> list[str]:
+    """Options for qemu-img: f="raw" is -f raw, p=True is -p; None and False are left out."""
+    words = []
+    for letter, value in options.items():
+        if value is True:
+            words.append(f"-{letter}")
+        elif value is not None and value is not False:
+            words += [f"-{letter}", str(value)]
+    return words

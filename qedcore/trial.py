@@ -1,0 +1,197 @@
+"""Which header do the tables of a file belong to: found by trial.
+
+A candidate is a header that differs from the one in the file in one field, or in two if both are impossible.  It
+fits if something is mapped, and nothing past the end of the device is.  Entries may be wrong, as there may be other
+damage; and where none is, that proves little: with clusters of half the size all entries are valid, too, but half
+of the file then belongs to nobody.  So what a candidate cannot explain is counted in bytes, and the one that leaves
+by far the least is taken, if there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from .check import Damage
+from .errors import ImageFormatError, QEDError
+from .geometry import (
+    ENTRY,
+    MAX_CLUSTER_SIZE,
+    MAX_TABLE_SIZE,
+    MIN_CLUSTER_SIZE,
+    MIN_TABLE_SIZE,
+    SECTOR,
+    Bounds,
+    Geometry,
+    MiB,
+    round_up,
+)
+from .header import HEADER_BYTES, KNOWN_FEATURES, MAGIC, MAX_BACKING_NAME, Header
+from .scan import Scan, ScanResult, next_data
+from .storage import Storage
+from .table import TableIO
+
+_CLEARLY = 4  # the best candidate leaves this many times less unexplained than any other
+_TOLERATED = 1 << 16  # corruptions: besides the header, there may be other damage
+_FIELDS = ("magic", "cluster_size", "table_size", "header_size", "l1_table_offset", "image_size")
+
+CLUSTER_SIZES = tuple(1 << n for n in range(MIN_CLUSTER_SIZE.bit_length() - 1, MAX_CLUSTER_SIZE.bit_length()))
+TABLE_SIZES = tuple(1 << n for n in range(MIN_TABLE_SIZE.bit_length() - 1, MAX_TABLE_SIZE.bit_length()))
+
+
+class Fit(NamedTuple):
+    """A header that agrees with the tables."""
+
+    header: Header
+    unexplained: int  # bytes: clusters that nothing refers to, or more than one entry; entries that are impossible
+    found: ScanResult
+
+    def changes(self, before: Header) -> list[str]:
+        """What is different, for people."""
+        return [
+            f"header field {name} is {getattr(before, name)}, but only {getattr(self.header, name)} fits the tables"
+            for name in _FIELDS
+            if getattr(before, name) != getattr(self.header, name)
+        ]
+
+
+def raw_header(storage: Storage) -> Header:
+    """The header as it is, valid or not.  Raises StorageError."""
+    data = bytearray(HEADER_BYTES)
+    storage.pread_into(data, 0)
+    return Header.unpack(bytes(data))
+
+
+def fit(storage: Storage, header: Header) -> Fit | None:
+    """`header` with what it leaves unexplained, if it agrees with the tables."""
+    wrong = 0
+
+    def report(damage: Damage) -> None:
+        nonlocal wrong
+        wrong += not damage.shared
+
+    try:
+        geometry = Geometry(header.cluster_size, header.table_size)
+        geometry.check_image_size(header.image_size)
+        bounds = Bounds(geometry, header.header_size, storage.size())
+        if header.l1_table_offset == 0 or not bounds.valid_table(header.l1_table_offset) or not _names_fit(header):
+            return None
+        scan = Scan(storage, geometry, bounds, header.l1_table_offset, report=report)
+        found = scan.run(limit=_TOLERATED)
+    except QEDError:
+        return None
+    if found.check_errors or not found.allocated:
+        return None
+    if found.mapped_end > round_up(header.image_size, header.cluster_size):
+        return None
+    unused = scan.use.clusters - scan.use.count()
+    return Fit(header, (unused + found.corruptions - wrong) * geometry.cluster_size + wrong * ENTRY, found)
+
+
+def _names_fit(header: Header) -> bool:
+    end = header.backing_filename_offset + header.backing_filename_size
+    return not header.has_backing or (
+        end <= header.header_bytes < 1 << 32 and header.backing_filename_size <= MAX_BACKING_NAME
+    )
+
+
+def prove(storage: Storage) -> Fit | None:
+    """The one header that the file proves, as above; None if there is none, or if several fit.
+
+    The header in the file is a candidate, too.  Raises StorageError.
+    """
+    header = raw_header(storage)
+    if header.features & ~KNOWN_FEATURES:
+        return None  # of another version, whose tables nobody knows
+    header = replace(header, magic=MAGIC)
+    fits = _fitting(storage, _candidates(storage, header)) or _fitting(storage, _other_l1_tables(storage, header))
+    if len(fits) > 1 and fits[1].unexplained < max(fits[0].unexplained * _CLEARLY, 1):
+        return None
+    if not fits or (fits[0].header != header and fits[0].found.allocated <= 2 * fits[0].found.corruptions):
+        return None
+    return fits[0]
+
+
+def _fitting(storage: Storage, candidates: Iterator[Header]) -> list[Fit]:
+    """Those that fit, the best one first."""
+    fits = [found for found in (fit(storage, candidate) for candidate in set(candidates)) if found]
+    return sorted(fits, key=lambda found: found.unexplained)
+
+
+def _candidates(storage: Storage, header: Header) -> Iterator[Header]:
+    yield header
+    for cluster_size in CLUSTER_SIZES:
+        yield replace(header, cluster_size=cluster_size)
+    for table_size in TABLE_SIZES:
+        yield replace(header, table_size=table_size)
+        if header.cluster_size not in CLUSTER_SIZES and header.table_size not in TABLE_SIZES:
+            for cluster_size in CLUSTER_SIZES:
+                yield replace(header, cluster_size=cluster_size, table_size=table_size)
+    try:
+        geometry = Geometry(header.cluster_size, header.table_size)
+    except ImageFormatError:
+        return
+    # Bits that cannot be right are cleared: the other bytes of the number may have survived.
+    image_size = header.image_size & (geometry.max_image_size - 1) & ~(SECTOR - 1)
+    yield replace(header, image_size=image_size)
+    if Bounds(geometry, 1, storage.size()).valid_table(header.l1_table_offset):
+        yield from _header_sizes(storage, header, geometry)
+
+
+def _other_l1_tables(storage: Storage, header: Header) -> Iterator[Header]:
+    """The costly ones: all of the file is read."""
+    try:
+        geometry = Geometry(header.cluster_size, header.table_size)
+    except ImageFormatError:
+        return
+    bounds = Bounds(geometry, max(header.header_size, 1), storage.size())
+    for offset in l1_shaped(storage, geometry, bounds):
+        yield replace(header, l1_table_offset=offset)
+
+
+def _header_sizes(storage: Storage, header: Header, geometry: Geometry) -> Iterator[Header]:
+    """All before the first cluster in use is header area."""
+    bounds = Bounds(geometry, 1, storage.size())
+    try:
+        scan = Scan(storage, geometry, bounds, header.l1_table_offset)
+        scan.run(limit=1)
+    except QEDError:
+        return
+    first = scan.use.next_used(1)
+    if first < scan.use.clusters:
+        yield replace(header, header_size=first)
+
+
+def l1_shaped(storage: Storage, geometry: Geometry, bounds: Bounds) -> Iterator[int]:
+    """File offsets (bytes) where an L1 table may be: it has entries, and all of them could be tables."""
+
+    @lru_cache(maxsize=2 * MAX_TABLE_SIZE)
+    def entries_at(offset: int) -> int | None:
+        return _l1_entries(storage, geometry, bounds, offset)
+
+    cs, last = geometry.cluster_size, 0
+    offset = geometry.start_of_cluster(next_data(storage, bounds.start))
+    while offset < bounds.end:
+        if entries_at(offset):
+            first = max(bounds.start, offset - geometry.table_bytes + cs, last + cs)
+            for last in range(first, offset + cs, cs):
+                parts = range(last, last + geometry.table_bytes, cs)
+                if bounds.valid_table(last) and all(entries_at(part) is not None for part in parts):
+                    yield last
+        offset = geometry.start_of_cluster(next_data(storage, offset + cs))
+
+
+def _l1_entries(storage: Storage, geometry: Geometry, bounds: Bounds, offset: int) -> int | None:
+    """Entries of the cluster at `offset`, read as a part of an L1 table; None if one is impossible."""
+    n = 0
+    step = min(geometry.cluster_size, MiB)
+    for at in range(offset, offset + geometry.cluster_size, step):
+        part = TableIO(storage).read(at, step // ENTRY)
+        for entry in part:
+            if entry:
+                if not bounds.valid_table(entry):
+                    return None
+                n += 1
+    return n

@@ -1,0 +1,186 @@
+"""The `qed` command, as a program: create and info next to qemu-img's, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.patterns import GiB, KiB, MiB
+from support.qed_image import F_NEED_CHECK, Built, assert_sound, read_header
+from support.qemu import qemu_img, qemu_img_ok
+
+ROOT = Path(__file__).resolve().parents[2]
+Image = Callable[..., Built]
+
+
+@dataclass(frozen=True)
+class Done:
+    rc: int
+    out: str
+    err: str
+
+
+def qed(*args: str | Path, cwd: Path | None = None) -> Done:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-m", "qedcore", *map(str, args)]
+    done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def qed_ok(*args: str | Path, cwd: Path | None = None) -> str:
+    done = qed(*args, cwd=cwd)
+    assert (done.rc, done.err) == (0, "")
+    return done.out
+
+
+CREATED: dict[str, tuple[str, ...]] = {
+    "plain": ("x.qed", "1G"),
+    "size 0": ("x.qed", "0"),
+    "rounded": ("x.qed", "1000"),
+    "fraction": ("x.qed", "1.5M"),
+    "options": ("-o", "cluster_size=4k,table_size=2", "x.qed", "1G"),
+    "options twice": ("-o", "cluster_size=1M", "-o", "table_size=16", "x.qed", "1T"),
+    "raw backing": ("-o", "backing_file=base.raw,backing_fmt=raw", "x.qed", "1G"),
+    "QED backing": ("-o", "backing_file=base.qed,backing_fmt=qed", "x.qed", "3M"),
+    "comma in the name": ("-o", "backing_file=a,,b.raw,backing_fmt=raw", "x.qed", "1G"),
+}
+
+
+@pytest.fixture
+def bases(image: Image, tmp_path: Path) -> Path:
+    """A directory with what can be under an image; ours and theirs are created in two below it."""
+    for who in ("ours", "theirs"):
+        (tmp_path / who).mkdir()
+        for name in ("base.raw", "a,b.raw"):
+            (tmp_path / who / name).write_bytes(bytes(MiB))
+        image(f"{who}/base.qed", layout="D")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", CREATED)
+def test_create_as_qemu_img(bases: Path, name: str) -> None:
+    """The same bytes and the same line."""
+    args = CREATED[name]
+    out = qed_ok("create", *args, cwd=bases / "ours")
+    theirs = qemu_img_ok("create", "-f", "qed", *args, cwd=bases / "theirs")
+    header = read_header(bases / "ours" / "x.qed")
+    assert header == read_header(bases / "theirs" / "x.qed")
+    with open(bases / "ours" / "x.qed", "rb") as a, open(bases / "theirs" / "x.qed", "rb") as b:
+        assert a.read(4096) == b.read(4096)
+    assert out == theirs
+
+
+FAILING: dict[str, tuple[str, ...]] = {
+    "no size": ("create", "x.qed"),
+    "bad size": ("create", "x.qed", "1x"),
+    "negative size": ("create", "x.qed", "--", "-1"),
+    "too large": ("create", "x.qed", "65T"),
+    "8 EiB": ("create", "-o", "cluster_size=64M", "x.qed", "8E"),
+    "unknown option": ("create", "-o", "encryption=on", "x.qed", "1M"),
+    "option without value": ("create", "-o", "table_size", "x.qed", "1M"),
+    "bad cluster_size": ("create", "-o", "cluster_size=5000", "x.qed", "1M"),
+    "bad number": ("create", "-o", "cluster_size=abc", "x.qed", "1M"),
+    "bad table_size": ("create", "-o", "table_size=3", "x.qed", "1M"),
+    "directory": ("create", ".", "1M"),
+    "missing directory": ("create", "gone/x.qed", "1M"),
+    "info of nothing": ("info", "gone.qed"),
+    "info of a raw file as QED": ("info", "-f", "qed", "base.raw"),
+    "info of a directory": ("info", "."),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_errors(bases: Path, name: str) -> None:
+    before = {path: path.read_bytes() for path in (bases / "ours").iterdir()}
+    done = qed(*FAILING[name], cwd=bases / "ours")
+    assert done.rc == 1
+    assert done.out == "" or done.out.startswith("Formatting ")  # which qemu-img prints first, too
+    assert done.err.startswith("qed: ") and "Traceback" not in done.err
+    assert {path: path.read_bytes() for path in (bases / "ours").iterdir()} == before
+
+
+@pytest.mark.parametrize("args", [(), ("frobnicate",), ("info",), ("info", "--output=xml", "x"), ("create",),
+                                  ("create", "-q9", "x", "1M"), ("--frobnicate",)])  # fmt: skip
+def test_usage_errors(tmp_path: Path, args: tuple[str, ...]) -> None:
+    done = qed(*args, cwd=tmp_path)
+    assert done.rc in (1, 2)
+    assert done.out == "" and done.err.splitlines()[-1].startswith("qed") and "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args", [("--help",), ("create", "--help"), ("info", "--help")])
+def test_help(args: tuple[str, ...]) -> None:
+    assert "usage: qed" in qed_ok(*args)
+
+
+def test_debug_shows_a_traceback(tmp_path: Path) -> None:
+    done = qed("--debug", "info", tmp_path / "gone.qed")
+    assert done.rc != 0 and "Traceback" in done.err
+
+
+# Images for info: name -> spec
+DESCRIBED: dict[str, dict[str, object]] = {
+    "plain": {"layout": "D", "size": GiB},
+    "empty": {"size": 0},
+    "geometry": {"cluster_size": 4 * KiB, "table_size": 2, "size": 3 * MiB + 512},
+    "raw backing": {"backing": "base.raw", "no_probe": True},
+    "QED backing": {"backing": "base.qed"},
+    "absolute backing": {"backing": "/dev/null", "no_probe": True},
+    "missing backing": {"backing": "gone.raw", "no_probe": True},
+    "largest": {"cluster_size": MiB, "table_size": 16, "size": 1 << 62},
+}
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_info_as_qemu_img(image: Image, tmp_path: Path, name: str) -> None:
+    (tmp_path / "base.raw").write_bytes(bytes(MiB))
+    image("base.qed")
+    image("x.qed", **DESCRIBED[name])
+    ours = json.loads(qed_ok("info", "--output=json", "x.qed", cwd=tmp_path))
+    theirs = json.loads(qemu_img_ok("info", "--output=json", "-f", "qed", "x.qed", cwd=tmp_path))
+    shared = set(theirs) - {"format-specific", "children"}
+    assert shared <= set(ours)
+    assert {key: ours[key] for key in shared} == {key: theirs[key] for key in shared}
+    human = qed_ok("info", "x.qed", cwd=tmp_path).splitlines()
+    result = qemu_img("info", "-f", "qed", "x.qed", cwd=tmp_path)
+    assert result.rc == 0
+    missing = [line for line in result.out.splitlines() if line and line not in human]
+    assert not missing
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+def test_info_tells_the_truth_about_the_flag(image: Image, dirty: bool) -> None:
+    """B5: qemu-img always says that the image is clean.  Nothing is repaired by looking."""
+    built = image(layout="D", features=F_NEED_CHECK if dirty else 0, leaks=1)
+    before = built.path.read_bytes()
+    assert json.loads(qed_ok("info", "--output=json", built.path))["dirty-flag"] is dirty
+    assert ("dirty" in qed_ok("info", built.path)) is dirty
+    assert built.path.read_bytes() == before
+    assert_sound(built.path, leaks=1, need_check=dirty)
+
+
+def test_table_size_of_1(tmp_path: Path) -> None:
+    """B3: made, and warned about."""
+    done = qed("create", "-o", "table_size=1", "x.qed", "1M", cwd=tmp_path)
+    assert done.rc == 0 and "QEMU cannot open" in done.err
+    assert qemu_img("info", "-f", "qed", tmp_path / "x.qed").rc == 1
+    assert read_header(tmp_path / "x.qed")["table_size"] == 1
+    qed_ok("info", tmp_path / "x.qed")
+
+
+def test_closed_output(image: Image) -> None:
+    """A reader that goes away is no traceback."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    read, write = os.pipe()
+    os.close(read)
+    argv = [sys.executable, "-m", "qedcore", "info", str(image().path)]
+    done = subprocess.run(argv, env=env, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(write)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
