@@ -66,6 +66,12 @@ class Allocator:
         with self._lock:
             self._released.append(extent._replace(fresh=False))
 
+    def restart(self) -> None:
+        """The clusters in use were moved and the file was cut after them, at bounds.end: forget its old tail."""
+        with self._lock:
+            self._grown = 0
+            self._released.clear()
+
     def _grow(self, end: int, wanted: int) -> None:
         if not self._grown and self._storage.size() > end:
             # A partial last cluster holds leftovers of an interrupted append: let it read as zeros (I1).

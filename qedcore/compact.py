@@ -250,10 +250,13 @@ class Arrangement:
 
     def cut(self) -> None:
         """Give back what follows the last unit.  All links are durable and nothing leads there any more."""
-        end = self._layout.used << self._metadata.geometry.l2_shift
-        self._metadata.bounds.end = end
-        self._metadata.storage.truncate(end)
-        self._metadata.storage.flush()
+        metadata = self._metadata
+        end = self._layout.used << metadata.geometry.l2_shift
+        metadata.storage.truncate(end)
+        metadata.bounds.end = end
+        if metadata.allocator is not None:
+            metadata.allocator.restart()
+        metadata.storage.flush()
 
     # -- compact -----------------------------------------------------------------------------------------------
 
@@ -428,8 +431,7 @@ def _is_zero(metadata: Metadata, offset: int) -> bool:
 def pack(metadata: Metadata) -> None:
     """End the file right after as many clusters as are in use, with few moves.  What was unlinked is durable.
 
-    For maintenance that frees clusters; nothing may have been allocated since the image was opened.
-    Raises CorruptImageError before anything is moved, and StorageError.
+    For maintenance that frees clusters.  Raises CorruptImageError before anything is moved, and StorageError.
     """
     arrangement = Arrangement(metadata, Layout(metadata), lambda done: None)
     arrangement.pack()

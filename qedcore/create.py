@@ -66,7 +66,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     """
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
-        raise StorageError(f"cannot create {path}: it exists and is not a regular file", code=errno.EEXIST)
+        code = errno.EISDIR if os.path.isdir(path) else errno.EEXIST
+        raise StorageError(f"cannot create {path}: it exists and is not a regular file", code=code)
     directory = os.path.dirname(path)
     temporary = os.path.join(directory, f".qed-{secrets.token_hex(8)}")
     try:

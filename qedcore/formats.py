@@ -20,7 +20,7 @@ from .request import Source
 from .storage import ReadBuffer, Storage, WriteBuffer
 from .storage.file import CacheMode, FileStorage, open_storage
 
-BUFFER = 4 * MiB  # bytes per read or write: large enough that system calls do not matter
+BUFFER = 1 * MiB  # bytes per read or write: system calls do not matter, and it stays in the processor's cache
 _ZEROS = bytes(BUFFER)
 
 

@@ -47,6 +47,7 @@ class Metadata(NamedTuple):
     tables: TableIO
     clusters: ClusterMap
     requests: WritableRequests
+    allocator: Allocator | None = None  # of an open image
 
     def reload(self) -> None:
         """The tables have changed on disk, or the device's size has: read them again."""
@@ -97,9 +98,11 @@ class QEDImage:
             if writable:
                 if header.l1_table_offset == 0:
                     raise ImageFormatError("the L1 table at 0x0 overlaps the header: such an image is read-only")
-                allocator = Allocator(storage, self.geometry, self._bounds)
-                self._gate = parts.gate(storage, self._header, allocator, clock)
-                self._requests = parts.writable_requests(storage, self._clusters, self.size, allocator, self._gate)
+                self._allocator = Allocator(storage, self.geometry, self._bounds)
+                self._gate = parts.gate(storage, self._header, self._allocator, clock)
+                self._requests = parts.writable_requests(
+                    storage, self._clusters, self.size, self._allocator, self._gate
+                )
             else:
                 self._requests = parts.requests(storage, self._clusters, self.size)
         except BaseException:
@@ -143,7 +146,14 @@ class QEDImage:
         if self._gate is None or not isinstance(self._requests, WritableRequests):
             raise ReadOnlyError(f"{self.storage.name} was opened read-only")
         metadata = Metadata(
-            self.storage, self.geometry, self._bounds, self._header, self._tables, self._clusters, self._requests
+            self.storage,
+            self.geometry,
+            self._bounds,
+            self._header,
+            self._tables,
+            self._clusters,
+            self._requests,
+            self._allocator,
         )
         with self._gate:
             try:

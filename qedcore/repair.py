@@ -204,14 +204,16 @@ class Repair:
             wrong += 1
         if wrong > _WRONG_L1_ENTRIES:
             raise ImageFormatError(
-                f"QED table offset is invalid: none of the {wrong} entries at {self._header.header.l1_table_offset:#x} "
-                f"can be right, so nothing was changed: try qed salvage"
+                f"QED table offset is invalid: none of the {wrong} entries at "
+                f"{self._header.header.l1_table_offset:#x} can be right, so nothing was changed: try qed salvage"
             )
 
     # -- 2 to 4: entries, tables, data ---------------------------------------------------------------------------
 
     def _correct(self, scan: Scan, damaged: set[tuple[int, int, int]]) -> Scan:
-        self._correct_l1(scan.use)
+        if self._correct_l1(scan.use):  # tables come and go
+            damaged.clear()
+            scan = self._scan(lambda damage: self._note(damage, damaged))
         self._correct_l2(scan.use, damaged)
         self._storage.flush()  # before anything grows (I2)
         self._progress(0, 1)
@@ -242,24 +244,30 @@ class Repair:
         first = offset >> self._geometry.l2_shift
         return [use.map[cluster] for cluster in range(first, first + self._geometry.table_size)]
 
-    def _correct_l1(self, use: ClusterUse) -> None:
+    def _correct_l1(self, use: ClusterUse) -> bool:
+        """Clear or correct the entries that cannot lead to a table; True if there were any."""
+        changed = False
         l1_offset = self._header.header.l1_table_offset
         for index, offset in self._l1_entries():
             damage = Damage("L1", l1_offset, index, offset, index << self._geometry.l1_shift, False, False)
             rounded = self._geometry.start_of_cluster(offset)
             if not self._bounds.valid_table(offset):
-                if self._bounds.valid_table(rounded) and not any(self._table_uses(use, rounded)):
-                    if self._looks_like_table(rounded):
-                        self._claim_table(use, rounded)
-                        self._write_entry(
-                            damage, rounded, "a table is there that nothing else refers to: low bits cleared"
-                        )
-                        continue
-                self._write_entry(damage, UNALLOCATED, "not a valid offset: cleared")
+                free = self._bounds.valid_table(rounded) and not any(self._table_uses(use, rounded))
+                if free and self._looks_like_table(rounded):
+                    self._claim_table(use, rounded)
+                    self._write_entry(
+                        damage, rounded, "a table is there that nothing else refers to: low bits cleared"
+                    )
+                else:
+                    self._write_entry(damage, UNALLOCATED, "not a valid offset: cleared")
             elif abs(offset - l1_offset) < self._geometry.table_bytes:
                 self._write_entry(damage, UNALLOCATED, "the L1 table itself: cleared")
             elif self._has_data(use, offset) and not self._looks_like_table(offset):
                 self._write_entry(damage, UNALLOCATED, "data of another guest range, not a table: cleared")
+            else:
+                continue
+            changed = True
+        return changed
 
     def _claim_table(self, use: ClusterUse, offset: int) -> None:
         first = offset >> self._geometry.l2_shift
@@ -271,7 +279,7 @@ class Repair:
         return any(uses & DATA for uses in self._table_uses(use, offset))
 
     def _looks_like_table(self, offset: int) -> bool:
-        """There is a sector in it that can hardly be anything else, or nothing that cannot be in a table.
+        """Entries of a sector are possible, at least half of them; or all are in the whole table.
 
         In doubt it is one: it is then copied elsewhere, and what else is there stays.  An empty table is no loss.
         """
@@ -280,7 +288,7 @@ class Repair:
             for start in range(0, len(table), step):
                 entries = [entry for entry in table[start : start + step] if entry > ZERO_CLUSTER]
                 wrong = sum(not self._bounds.valid_cluster(entry) for entry in entries)
-                if entries and not wrong:
+                if entries and 2 * wrong <= len(entries):
                     return True
                 impossible = impossible or wrong > 0
             filled = True

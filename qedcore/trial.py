@@ -105,6 +105,11 @@ def prove(storage: Storage) -> Fit | None:
     header = raw_header(storage)
     if header.features & ~KNOWN_FEATURES:
         return None  # of another version, whose tables nobody knows
+    return best_fit(storage, header)
+
+
+def best_fit(storage: Storage, header: Header) -> Fit | None:
+    """The one header like `header` that the file proves."""
     header = replace(header, magic=MAGIC)
     fits = _fitting(storage, _candidates(storage, header)) or _fitting(storage, _other_l1_tables(storage, header))
     if len(fits) > 1 and fits[1].unexplained < max(fits[0].unexplained * _CLEARLY, 1):

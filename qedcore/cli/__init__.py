@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import QEDError
-from .common import PROGRAM
+from .common import PROGRAM, trace
 
 COMMANDS = (
     "create",
@@ -144,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failure = getattr(args.module, "FAILURE", EXIT_FAILURE)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        if args.trace:
+            trace(args.trace)
         code = args.module.run(args)
         sys.stdout.flush()
         return int(code)

@@ -177,13 +177,23 @@ _REASONS = (
 
 def open_reason(error: QEDError, path: str = "") -> str:
     """What qemu-img says of an error while opening the file at `path`, whose name the engine may put first."""
-    text = str(error)
-    text = text[len(path) + 2 :] if text.startswith(f"{path}: ") else text
+    text = re.sub(r"^.*?: its backing file: ", "", str(error), count=1, flags=re.DOTALL).removeprefix(f"{path}: ")
     for pattern, words in _REASONS:
         match = re.match(pattern, text, re.DOTALL)
         if match is not None:
             return match.expand(words)
     return text
+
+
+_tracing: dict[str, Any] = {}  # options for chain.open_image
+
+
+def trace(text: str) -> None:
+    """Print the events in `text` (see TraceSelection) of all images opened from now on.  Raises RequestError."""
+    from ..trace import TraceSelection
+
+    selection = TraceSelection(text.partition("=")[2] or text, lambda line: print(line, file=sys.stderr))
+    _tracing.update(trace=selection, trace_dialect=selection.dialect)
 
 
 def open_qed(
@@ -198,6 +208,7 @@ def open_qed(
             f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here"
         )
     refuse_if_in_use(where.path, writable, force_share)
+    options = {**_tracing, **options}
     current = where.path
 
     def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
@@ -274,8 +285,17 @@ def delegate(args: argparse.Namespace, what: str) -> int:
     program = find_qemu_img()
     if program is None:
         raise UnsupportedError(f"{what} needs qemu-img, which is not installed")
+    return run_signed([program, *args.argv])
+
+
+def run_signed(command: list[str]) -> int:
+    """Run qemu-img (or nbdkit with it), signing its messages with our name; its exit code."""
     sys.stdout.flush()
-    return subprocess.run([program, *args.argv], check=False).returncode
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            sys.stderr.write(re.sub(r"^qemu-img: ", f"{PROGRAM}: ", line))
+    return child.returncode
 
 
 # -- progress -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import argparse
 from contextlib import ExitStack
 from typing import Callable
 
-from ..errors import QEDError, RequestError
+from ..errors import QEDError
 from ..formats import BUFFER, EndPoint, Run, block_status, first_nonzero
 from ..geometry import SECTOR
 from .common import (
@@ -42,10 +42,11 @@ class CompareError(QEDError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [OPTION...] FILE1 FILE2"
     add_shared(parser, "fpqTU")
     parser.add_argument("-F", dest="second_format", metavar="FMT", help="format of the second image")
     parser.add_argument("-s", "--strict", action="store_true", help="also compare sizes and what is allocated")
-    parser.add_argument("files", metavar="FILE1 FILE2", nargs="*")
+    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
 class Comparison:
@@ -134,8 +135,12 @@ class Comparison:
         return None if found is None else pos + found
 
     def _differ(self, pos: int, n: int) -> int | None:
-        one, two = bytes(self._read(0, pos, n)), bytes(self._read(1, pos, n))
-        if one == two:
+        self._read(0, pos, n)
+        self._read(1, pos, n)
+        one, two = self._buffers
+        if n < BUFFER:
+            one, two = one[:n], two[:n]
+        if one == two:  # memcmp
             return None
         return pos + next(i for i in range(0, n, SECTOR) if one[i : i + SECTOR] != two[i : i + SECTOR])
 
@@ -172,7 +177,7 @@ def compare(args: argparse.Namespace, places: tuple[Location, Location]) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if len(args.files) != 2:
-        raise RequestError("Expecting two image file names")
+        raise CompareError("Expecting two image file names", 1)
     check_cache(args.source_cache, "source cache")
     places = (
         locate(args.files[0], args.format, args.image_opts),

@@ -32,8 +32,8 @@ from .common import (
     refuse_if_in_use,
     sized,
 )
-from .create import SAME_FILE, Options, make, print_options
 from .foreign import URI, option_words, serve
+from .target import SAME_FILE, Options, make, print_options
 
 HELP = "copy an image into another format"
 EPILOG = f"""\
@@ -48,6 +48,7 @@ _MAX_SPARSE = 16 << 20  # bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [OPTION...] FILE... TARGET"
     add_shared(parser, "fpqUtT")
     parser.add_argument(
         "-O", dest="target_format", metavar="FMT", default="raw", help="format to make (default: raw)"
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", dest="coroutines", metavar="N", type=int, default=8, help="accepted")
     parser.add_argument("-W", dest="out_of_order", action="store_true", help="accepted")
     parser.add_argument("-C", dest="copy_offload", action="store_true", help="accepted")
-    parser.add_argument("files", metavar="FILE... TARGET", nargs="*")
+    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
 class Copy:

@@ -31,6 +31,7 @@ _READ = MiB // ENTRY  # entries read at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [OPTION...] FILE"
     add_shared(parser, "fU")
     add_output(parser)
     parser.add_argument("--header", action="store_true", help="the header's fields")

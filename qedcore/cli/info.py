@@ -39,6 +39,7 @@ Facts = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [OPTION...] FILE"
     add_shared(parser, "fU")
     add_output(parser)
     parser.add_argument("--backing-chain", action="store_true", help="describe all the backing files, too")
@@ -46,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="*")
 
 
-def describe(name: str, path: str, image: QEDImage) -> Facts:
+def describe(path: str, image: QEDImage) -> Facts:
     """The facts under qemu-img's JSON names and in its order."""
     header = image.header
     facts: Facts = {}
     if image.backing_name is not None and header.features & FEATURE_NO_PROBE:
         facts["backing-filename-format"] = "raw"
-    facts.update(_plain(name, path, header.image_size, "qed", header.cluster_size))
+    facts.update(_plain(path, header.image_size, "qed", header.cluster_size))
     if image.backing_name is not None:
         try:
             facts["full-backing-filename"] = resolve(image.backing_name, path)
@@ -63,8 +64,8 @@ def describe(name: str, path: str, image: QEDImage) -> Facts:
     return facts
 
 
-def _plain(name: str, path: str, size: int, format: str, cluster_size: int = 0) -> Facts:
-    facts: Facts = {"virtual-size": size, "filename": name}
+def _plain(path: str, size: int, format: str, cluster_size: int = 0) -> Facts:
+    facts: Facts = {"virtual-size": size, "filename": path}
     if cluster_size:
         facts["cluster-size"] = cluster_size
     return {**facts, "format": format, "actual-size": os.stat(path).st_blocks * SECTOR}
@@ -82,7 +83,7 @@ def describe_raw(where: Location) -> Facts:
         raise RequestError(
             f"Could not open '{where.name}': Could not open '{where.path}': {os.strerror(error.errno)}"
         ) from None
-    return {**_plain(where.name, where.path, size, "raw"), "dirty-flag": False}
+    return {**_plain(where.path, size, "raw"), "dirty-flag": False}
 
 
 def details(path: str, image: QEDImage) -> Facts:
@@ -130,7 +131,7 @@ class Chain:
             self.layers.append(describe_raw(where))
             return None
         with open_qed(where, force_share=self._args.force_share, follow=False) as image:
-            facts = describe(where.name, where.path, image)
+            facts = describe(where.path, image)
             if self._args.verbose:
                 facts.update(details(where.path, image))
         self.layers.append(facts)

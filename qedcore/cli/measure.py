@@ -9,8 +9,8 @@ from ..errors import CorruptImageError, RequestError
 from ..formats import EndPoint, runs
 from ..geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, round_up
 from .common import add_output, add_shared, delegate, find_format, locate, open_end_point, sized
-from .create import Options, check_geometry
 from .foreign import URI, option_words, serve
+from .target import Options, check_geometry
 
 HELP = "tell how large a file a conversion will make"
 EPILOG = """\
@@ -19,6 +19,7 @@ EPILOG = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [OPTION...] FILE | --size N"
     add_shared(parser, "fU")
     add_output(parser)
     parser.add_argument(

@@ -19,6 +19,7 @@ _BITMAP_ACTIONS = ("add", "remove", "clear", "enable", "disable", "merge")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = parser.get_default("command")
+    parser.usage = f"%(prog)s [OPTION...] {'FILE BITMAP' if command == 'bitmap' else 'FILE'}"
     add_shared(parser, {"snapshot": "fqU", "amend": "fqpt", "bitmap": "f"}[command])
     if command == "snapshot":
         actions = parser.add_mutually_exclusive_group()
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("-g", dest="granularity", metavar="SIZE")
         parser.add_argument("-b", dest="source_file", metavar="FILE")
         parser.add_argument("-F", dest="source_format", metavar="FMT")
-    parser.add_argument("files", metavar="FILE BITMAP" if command == "bitmap" else "FILE", nargs="*")
+    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
 def _takes(action: str) -> dict[str, Any]:

@@ -3,13 +3,116 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import secrets
+from contextlib import suppress
+
+from ..errors import RequestError, StorageError
+from ..salvage import GOOD, LOST, Found, Range, Salvage
+from ..sizes import parse_size
+from ..storage.file import FileStorage, open_storage
+from .common import Progress, add_output, add_shared, refuse_if_in_use
 
 HELP = "rescue what is left of an image that cannot be repaired"
+EPILOG = """\
+IMAGE is only read.  OUT becomes a raw file with zeros where nothing was found.  The ranges of the device are printed:
+good (found), zero (nothing was written there, or zeros) and lost.  The exit code is 0 if nothing was lost and no
+position had to be guessed, 2 otherwise, and 1 if nothing could be rescued.
+"""
+
+EXIT_WHOLE = 0
+EXIT_INCOMPLETE = 2
+
+_STEPS = 10_000  # of progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, "qpU")
+    add_output(parser)
+    parser.add_argument("--cluster-size", metavar="SIZE", help="if you know it")
+    parser.add_argument("--table-size", metavar="N", help="in clusters, if you know it")
+    parser.add_argument("--size", metavar="SIZE", help="of the device, if you know it")
     parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("out", metavar="OUT")
 
 
 def run(args: argparse.Namespace) -> int:
-    return 1
+    known = {
+        name: parse_size(text, name) if text is not None else 0
+        for name, text in (
+            ("cluster_size", args.cluster_size),
+            ("table_size", args.table_size),
+            ("image_size", args.size),
+        )
+    }
+    refuse_if_in_use(args.image, False, args.force_share)
+    storage = open_storage(args.image, writable=False)
+    try:
+        if os.path.exists(args.out) and os.path.samefile(args.image, args.out):
+            raise RequestError(f"{args.out} is the image itself")
+        with Progress(args, _STEPS) as progress:
+            salvage = Salvage(
+                storage,
+                progress=lambda done, total: progress.update(done * _STEPS // total if total else _STEPS),
+                **known,
+            )
+            found = salvage.search()
+            ranges = _write(salvage, found, args.out)
+    finally:
+        storage.close()
+    if not args.quiet:
+        _print(args.output, args.image, found, ranges)
+    return EXIT_INCOMPLETE if found.guessed or any(piece.state == LOST for piece in ranges) else EXIT_WHOLE
+
+
+def _write(salvage: Salvage, found: Found, path: str) -> list[Range]:
+    """Write the raw file under another name, durably, and then give it its own."""
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StorageError(f"cannot create {path}: it exists and is not a regular file")
+    temporary = os.path.join(os.path.dirname(path), f".qed-{secrets.token_hex(8)}")
+    try:
+        open(temporary, "xb").close()
+        target = FileStorage(temporary, writable=True)
+        try:
+            ranges = salvage.write(found, target)
+        finally:
+            target.close()
+        os.replace(temporary, path)
+        return ranges
+    except OSError as error:
+        raise StorageError(f"cannot create {path}", error) from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _print(output: str, image: str, found: Found, ranges: list[Range]) -> None:
+    geo = found.geometry
+    sums = {
+        state: sum(piece.length for piece in ranges if piece.state == state) for state in ("good", "zero", "lost")
+    }
+    if output == "json":
+        facts = {
+            "filename": image,
+            "virtual-size": found.image_size,
+            "cluster-size": geo.cluster_size,
+            "table-size": geo.table_size,
+            **{f"{state}-bytes": length for state, length in sums.items()},
+            "notes": found.notes,
+            "ranges": [
+                {"start": piece.start, "length": piece.length, "state": piece.state}
+                | ({"detail": piece.why} if piece.why else {})
+                for piece in ranges
+            ],
+        }
+        print(json.dumps(facts, indent=4))
+        return
+    print(f"cluster_size {geo.cluster_size}, table_size {geo.table_size}, size {found.image_size}")
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"{'Offset':<16}{'Length':<16}State")
+    for piece in ranges:
+        print(f"{piece.start:<#16x}{piece.length:<#16x}{piece.state}{f' ({piece.why})' if piece.why else ''}")
+    print(f"good {sums[GOOD]} bytes, zero {sums['zero']} bytes, lost {sums[LOST]} bytes")

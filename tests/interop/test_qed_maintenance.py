@@ -124,7 +124,7 @@ def test_grow(pair: Pair, args: str) -> None:
     qemu.qemu_io_ok(pair.ours / "plain.qed", "read -q -P 6 2M 1M", "read -q -P 5 100k 300k")
 
 
-@pytest.mark.parametrize("size", ["2M", "-1M", "512", "1.5M"])
+@pytest.mark.parametrize("size", ["2M", "-1M", "512", "1.5M", "200k", "2100k"])
 def test_shrink(pair: Pair, size: str) -> None:
     """QEMU cannot; the result is clean for it, and growing again shows zeros."""
     path = pair.ours / "plain.qed"

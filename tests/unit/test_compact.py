@@ -229,6 +229,26 @@ def test_pack(image: Image, small_window: None, layout: dict[str, Any], holes: l
     assert guest(path) == before
 
 
+@pytest.mark.parametrize("work", [compact, run_pack])
+def test_writes_before_and_after(tmp_path: Path, work: Callable[[qedcore.QEDImage], None]) -> None:
+    """The allocator of the open image notices that the file got shorter."""
+    path = tmp_path / "image.qed"
+    qedcore.create(path, 3 * 512 * CS, cluster_size=CS, table_size=1)
+    tables = [10, 600, 1200]
+    with qedcore.open_image(path) as img:
+        for cluster in tables:
+            img.pwrite(stamp(1, cluster * CS, 512), cluster * CS)
+        unlinked = [10, 1200]
+        unlink(path, unlinked)
+        work(img)
+        for cluster in [11, *unlinked, 1300]:
+            img.pwrite(stamp(2, cluster * CS, 512), cluster * CS)
+        assert path.stat().st_size >= img.storage.size() >= 14 * CS
+        before = img.pread(img.size, 0)
+    assert_sound(path)
+    assert guest(path) == before
+
+
 def test_pack_moves_little(image: Image) -> None:
     path = image(**SMALL, layout="D" * 100).path
     unlink(path, [3, 50])
@@ -274,6 +294,25 @@ def test_crash_in_pack(image: Image, small_window: None, name: str) -> None:
     with qedcore.open_image(path, opener=world.open) as img:
         run_pack(img)
     assert check_crashes(world, path, [before]) > 5
+
+
+def test_crash_after_dropping(image: Image, small_window: None) -> None:
+    """What was dropped is overwritten only when nothing leads to it any more."""
+    size = 1100 * CS
+    layout = dict.fromkeys([*range(8), 600], "data")
+    path = image(**SMALL, size=size, layout=layout, reverse=True).path
+    with QedFile(path) as oracle, path.open("r+b") as file:
+        for cluster in (1, 6, 7, 600):
+            file.seek(oracle.entry(cluster))
+            file.write(bytes(CS))
+    before = guest(path)
+    world = World(path)
+    with qedcore.open_image(path, opener=world.open) as img:
+        compact(img, zeros=True)
+    assert check_crashes(world, path, [before]) > 20
+    world.save()
+    assert_in_order(path)
+    assert assert_sound(path).allocated == 5
 
 
 @pytest.mark.parametrize("kind", [StorageError, KeyboardInterrupt])

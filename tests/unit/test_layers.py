@@ -33,7 +33,8 @@ LAYERS = (
     ("chain", "resize", "repair"),
     ("shared", "commit", "rebase", "formats", "__init__"),
     ("cli.common",),
-    ("cli.*",),  # the commands: none needs another
+    ("cli.create", "cli.foreign"),  # whose options and images other commands need
+    ("cli.*",),  # the other commands: none needs another
     ("cli",),
     ("__main__",),
 )

@@ -94,6 +94,7 @@ def test_old_entries_past_the_end_stay_hidden(image: Image) -> None:
     before = guest(path)
     resized(path, 2100 * CS)
     expect(path, before, 2100 * CS)
+    assert assert_sound(path).allocated == 2
 
 
 def test_grow_to_the_limit(image: Image) -> None:
@@ -126,6 +127,15 @@ def test_shrink_gives_space_back(image: Image) -> None:
     resized(path, 100 * CS)
     expect(path, before, 100 * CS)
     assert path.stat().st_size == CS * (1 + 1 + 1 + 12)
+
+
+def test_shrink_zeroes_the_rest_of_the_last_cluster(image: Image) -> None:
+    """For another program, which will grow the image without a look at it."""
+    path = image(**SMALL, size=9 * CS, layout="DDDD").path
+    resized(path, 2 * CS + 1024)
+    with QedFile(path) as oracle:
+        offset = oracle.entry(2)
+    assert path.read_bytes()[offset + 1024 : offset + CS] == bytes(CS - 1024)
 
 
 def test_shrink_to_nothing(image: Image) -> None:

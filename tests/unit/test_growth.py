@@ -1,0 +1,68 @@
+"""Entries that point past the end of a file whose NEED_CHECK is clear: what QEMU can leave after a power loss.
+
+The next allocations take just the place they point to. They must stay invalid then, or two guest clusters would share
+one cluster of the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import qedcore
+from qedcore.errors import CorruptImageError
+from support.qed_image import ImageSpec, QedFile, build
+
+CS = 64 * 1024
+SPAN = 32768 * CS  # guest bytes of one L2 table
+SPEC = {"size": 4 * SPAN, "layout": {0: "data", 32768: "data"}}
+
+
+@pytest.mark.parametrize("l2_cache", [0, 8 << 20], ids=["tables are evicted", "tables stay"])
+@pytest.mark.parametrize("ahead", [0, 1, 4], ids=lambda n: f"{n} clusters past the end")
+def test_l2_entry_past_the_end_stays_invalid(tmp_path: Path, ahead: int, l2_cache: int) -> None:
+    path = tmp_path / "image.qed"
+    build(path, ImageSpec(**SPEC, entries={1: lambda b: b.end + ahead * CS, 2: 1}))  # type: ignore[arg-type]
+    with qedcore.open_image(path, l2_cache=l2_cache) as image:
+        image.pwrite(b"Z" * (8 * CS), 9 * CS)  # takes the place
+        for pos in range(0, 4 * SPAN, SPAN):  # other tables push the first one out
+            image.pwrite(b"other", pos + 7 * CS)
+        with pytest.raises(CorruptImageError, match=r"L2 entry 1 at .* points to 0x[0-9a-f]+0000:"):
+            image.pread(1, CS)
+        with pytest.raises(CorruptImageError):
+            image.pwrite(b"x", CS)
+        assert image.pread(8 * CS, 9 * CS) == b"Z" * (8 * CS)
+        assert image.pread(1, 2 * CS) == b"\0"
+        image.pwrite(b"y", 3 * CS)  # writes the sector of entry 1
+    with qedcore.open_image(path) as image, pytest.raises(CorruptImageError):
+        image.pread(1, CS)
+    with QedFile(path) as file:
+        offsets = [entry for entry in file.entries().values() if entry > 1]
+        assert len(offsets) == len(set(offsets))
+
+
+def test_l1_entry_past_the_end_stays_invalid(tmp_path: Path) -> None:
+    path = tmp_path / "image.qed"
+    build(path, ImageSpec(**SPEC, l1_entries={2: lambda b: b.end, 3: lambda b: b.end - CS}))  # type: ignore[arg-type]
+    with qedcore.open_image(path) as image:
+        image.pwrite(b"Z" * (16 * CS), 9 * CS)
+        for table in (2, 3):
+            with pytest.raises(CorruptImageError, match=rf"L1 entry {table} at .* points to 0x[0-9a-f]+0000:"):
+                image.pread(1, table * SPAN)
+            with pytest.raises(CorruptImageError):
+                image.pwrite(b"x", table * SPAN)
+        assert image.pread(16 * CS, 9 * CS) == b"Z" * (16 * CS)
+
+
+def test_own_tables_and_clusters_past_the_old_end_are_valid(tmp_path: Path) -> None:
+    """What was allocated since the open lies past the old end, too, and is read back after eviction."""
+    path = tmp_path / "image.qed"
+    build(path, ImageSpec(**SPEC))  # type: ignore[arg-type]
+    with qedcore.open_image(path, l2_cache=0) as image:
+        for table in range(4):
+            for cluster in (5, 70, 5000):
+                image.pwrite(b"%d/%d" % (table, cluster), table * SPAN + cluster * CS)
+        for table in range(4):
+            for cluster in (5, 70, 5000):
+                want = b"%d/%d" % (table, cluster)
+                assert image.pread(len(want), table * SPAN + cluster * CS) == want
