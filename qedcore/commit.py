@@ -7,12 +7,13 @@ I2. Guests of the layers between, if there are any, do not: their base changes u
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Callable
 
 from .chain import RawSource
 from .cluster import FOUND, ZERO, Kind
 from .compact import pack
-from .errors import CorruptImageError, UnsupportedError
+from .errors import CorruptImageError, QEDError, UnsupportedError
 from .geometry import ENTRY, UNALLOCATED, MiB
 from .image import Metadata, QEDImage
 from .request import Source
@@ -25,9 +26,9 @@ _ZEROS = bytes(COPY_STEP)
 
 
 def commit(
-    image: QEDImage, base: Source, *, drop: bool = True, progress: Callable[[int], None] = lambda pos: None
+    image: QEDImage, base: Source, *, keep: bool = False, progress: Callable[[int], None] = lambda pos: None
 ) -> None:
-    """Write what `image` has above `base`, a layer of its chain, into it; then empty the image if `drop`.
+    """Write what `image` has above `base`, a layer of its chain, into it; then empty the image, unless `keep`.
 
     Both were opened for writing (open_image, write_below) and so repaired if need be; no other request may be in
     flight.  A base that is smaller grows.  The base is closed then.  `progress` is told guest positions.
@@ -39,11 +40,26 @@ def commit(
     target = _RawTarget(base) if isinstance(base, RawSource) else base
     if not isinstance(target, (QEDImage, _RawTarget)):
         raise UnsupportedError(f"cannot commit into {base.storage.name}")
-    if base.size < image.size:
-        if isinstance(target, QEDImage):
-            resize(target, image.size)
-        else:
-            target.grow(image.size)
+    try:
+        if base.size < image.size:
+            if isinstance(target, QEDImage):
+                resize(target, image.size)
+            else:
+                target.grow(image.size)
+        _copy(image, base, target, progress)
+        target.flush()
+    except BaseException:
+        with suppress(QEDError):  # the first error is the one to tell
+            target.close()
+        raise
+    target.close()  # clean on disk, and any error known, before the image is emptied (I1)
+    if not keep:
+        with image.maintenance() as metadata:
+            _empty(metadata)
+
+
+def _copy(image: QEDImage, base: Source, target: QEDImage | _RawTarget, progress: Callable[[int], None]) -> None:
+    """Write all that hides the base into it."""
     pos = 0
     while pos < image.size:
         progress(pos)
@@ -56,11 +72,6 @@ def commit(
         elif kind is ZERO:
             target.zero(pos, n)
         pos += n
-    target.flush()
-    target.close()  # clean on disk, and any error known, before the image is emptied (I1)
-    if drop:
-        with image.maintenance() as metadata:
-            _empty(metadata)
 
 
 def _find_above(image: Source, base: Source, pos: int, length: int) -> tuple[Storage | None, int, Kind | None, int]:

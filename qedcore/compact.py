@@ -25,7 +25,7 @@ from .image import Metadata, QEDImage
 from .table import Table, empty
 
 WINDOW = 32 * MiB  # bytes rewritten between flushes: enough for them not to matter
-COPY_STEP = 4 * MiB  # bytes copied with one read and one write
+COPY_STEP = 1 * MiB  # bytes copied with one read and one write; larger buffers cost more in page faults
 _CHUNK_BITS = 10  # slots per chunk of a SlotMap: 8 KiB each
 
 FREE = 0

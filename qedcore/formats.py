@@ -34,6 +34,7 @@ class Run(NamedTuple):
     data: bool  # is stored somewhere
     offset: int | None  # bytes, in `file`
     file: str | None  # the name of the file that has the data
+    short: bool = False  # zeros because a backing file ends before it
 
 
 def file_run(storage: Storage, pos: int, length: int) -> tuple[bool, int]:
@@ -120,7 +121,7 @@ def block_status(image: EndPoint, pos: int, length: int) -> Run:
     while layer is not None:
         size = round_up(layer.size, SECTOR)
         if pos >= size:  # the image above is longer: zeros of its own
-            return Run(length, depth - 1, False, True, False, None, None)
+            return Run(length, depth - 1, False, True, False, None, None, short=True)
         length = min(length, size - pos)
         if isinstance(layer, (RawImage, RawSource)):
             data, length = file_run(layer.storage, pos, length)

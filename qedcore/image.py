@@ -14,7 +14,7 @@ from typing import Callable, NamedTuple
 from .alloc import Allocator, NeedCheckGate
 from .check import repair_after_crash
 from .cluster import ClusterMap, Kind
-from .errors import ImageFormatError, ReadOnlyError
+from .errors import ImageFormatError, QEDError, ReadOnlyError
 from .geometry import Bounds, Geometry, MiB
 from .header import Header, HeaderUpdater, read_backing_name, read_header
 from .l2_cache import L2Cache
@@ -190,6 +190,10 @@ class QEDImage:
         if fua or self._writethrough:
             self.storage.flush()
 
+    def add_zero_clusters(self, pos: int, length: int) -> None:
+        """Hide what is below the image in a range where it has no clusters (WritableRequests.add_zero_clusters)."""
+        self._requests.add_zero_clusters(pos, length)
+
     def flush(self) -> None:
         """Everything completed before this call is on stable storage on return."""
         self.storage.flush()
@@ -225,5 +229,9 @@ class QEDImage:
     def __enter__(self) -> QEDImage:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except QEDError:
+            if kind is None:  # else the first error is the one to tell
+                raise

@@ -22,7 +22,7 @@ from .request import Source, find_data, read_chain
 from .storage import Storage
 from .storage.file import CacheMode, open_storage
 
-COMPARE_STEP = 4 * MiB  # bytes compared at once, at least one cluster
+COMPARE_STEP = 1 * MiB  # bytes compared at once, at least one cluster; larger buffers cost more in page faults
 
 
 def rebase(
@@ -45,13 +45,13 @@ def rebase(
         if layer.storage.identity() == image.storage.identity():
             raise RequestError(f"Backing file '{name}' creates an infinite loop.")
         layer = layer.backing
+    for kind, pos, data in _differences(image, new, progress):
+        if kind is ZERO:
+            image.add_zero_clusters(pos, len(data))
+        else:
+            image.pwrite(data, pos)
+    image.flush()  # the copies, before the name that they stand in for (I1)
     with image.maintenance() as metadata:
-        for kind, pos, data in _differences(image, new, progress):
-            if kind is ZERO:
-                metadata.requests.add_zero_clusters(pos, len(data))
-            else:
-                metadata.requests.pwrite(data, pos)
-        metadata.storage.flush()  # the copies, before the name that they stand in for (I1)
         metadata.header.set_backing(name, raw)
 
 
@@ -72,10 +72,11 @@ def _differences(
             n = image.geometry.start_of_cluster(n)
         if not same or not n:
             n = min(round_up(max(n, 1), size), length, max(size, COMPARE_STEP))
-            before, after = memoryview(bytearray(n)), memoryview(bytearray(n))
-            read_chain(old, before, pos)
-            read_chain(new, after, pos)
-            yield from _runs(before, after, pos, size)
+            before, after = bytearray(n), bytearray(n)
+            read_chain(old, memoryview(before), pos)
+            read_chain(new, memoryview(after), pos)
+            if before != after:
+                yield from _runs(before, after, pos, size)
         pos += n
 
 
@@ -97,7 +98,7 @@ def _same_place(old: Source | None, new: Source | None, pos: int, length: int) -
 
 
 def _runs(
-    before: memoryview, after: memoryview, pos: int, cluster_size: int
+    before: bytearray, after: bytearray, pos: int, cluster_size: int
 ) -> Iterator[tuple[object, int, memoryview]]:
     """_differences of one stretch of whole clusters."""
     zeros = bytes(cluster_size)
@@ -106,12 +107,12 @@ def _runs(
         cluster = before[at : at + cluster_size]
         if cluster == after[at : at + cluster_size]:
             return None
-        return ZERO if cluster == memoryview(zeros)[: len(cluster)] else FOUND
+        return ZERO if cluster == zeros[: len(cluster)] else FOUND
 
     for kind, group in groupby(range(0, len(before), cluster_size), kind_of):
         if kind is not None:
             clusters = list(group)
-            yield kind, pos + clusters[0], before[clusters[0] : clusters[-1] + cluster_size]
+            yield kind, pos + clusters[0], memoryview(before)[clusters[0] : clusters[-1] + cluster_size]
 
 
 def change_name(

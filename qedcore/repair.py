@@ -9,7 +9,7 @@
 
 I1. What a damaged entry refers to is never written to in place: the cluster may be another's.
 I2. All of step 2 is durable before the file grows: an entry that pointed past the end of the file must not come to
-    point at a copy.
+    point at a copy.  (Where I1 forbids that, it may, after a crash: the damaged range then reads something else.)
 I3. A copy is durable before the entry that leads to it is written, so a crash shows the old cluster or the whole
     copy.  Copies that nothing leads to yet are leaks, which the next repair finds.
 I4. NEED_CHECK is cleared last, when everything is durable and a scan has found no damage (QEMU clears it first).
@@ -39,7 +39,6 @@ KEPT = 16  # in ClusterUse.map: of a table that stays where it is
 _COPY_STEP = 4 * MiB  # bytes copied with one read and one write
 _BATCH = 64 * MiB  # bytes copied between flushes
 _WRONG_L1_ENTRIES = 8  # fewer may be damage, without one that is right
-_SUSPECT_LEAKS = 4  # when one of so many clusters is a leak, the header is put on trial, too
 
 _NOBODY: Any = None  # in the place of what an open image has
 
@@ -184,7 +183,7 @@ class Repair:
     def _doubt_header(self, scan: Scan, everything: bool) -> bool:
         """Is it the header that is wrong, and not the tables?  Then, for -r all, correct it: True."""
         found = scan.result
-        if not found.corruptions and found.leaks * _SUSPECT_LEAKS < found.file_clusters:
+        if not found.corruptions and not found.leaks:  # of a wrong size, tables seem to have leaks beside them
             return False
         proven = prove(self._storage)
         if proven is None or proven.header == self._header.header:

@@ -158,6 +158,9 @@ class Requests:
     def zero(self, pos: int, length: int) -> None:
         raise ReadOnlyError(f"{self._storage.name} was opened read-only")
 
+    def add_zero_clusters(self, pos: int, length: int) -> None:
+        raise ReadOnlyError(f"{self._storage.name} was opened read-only")
+
     def _check_range(self, pos: int, length: int) -> None:
         if pos < 0 or pos + length > self.size:
             raise RequestError(f"{length} bytes at position {pos} are outside the device of {self.size} bytes")

@@ -7,7 +7,7 @@
        clear; otherwise they are taken in the order of the file, and their ranges are called guessed.
     3  a raw file with what was found, and a list of ranges: good, zero or lost
 
-An L2 table is known by its shape: entries aligned, within the file, no two alike, and mostly rising.
+An L2 table is known by its shape: entries are aligned, within the file, no two alike, and mostly rising.
 The image is only read.
 """
 
@@ -67,11 +67,30 @@ class Found:
     notes: list[str] = field(default_factory=list)  # lines for people
 
 
-def has_table_shape(storage: Storage, geometry: Geometry, bounds: Bounds, offset: int) -> bool:
-    """Is an L2 table at `offset`?  Its entries are possible, all but a few, and mostly rise."""
+class Shape(NamedTuple):
+    """What the data entries of a possible table look like."""
+
+    possible: int  # aligned, within the file, each for the first time
+    past_end: int  # aligned, but past the end of the file, which may have been cut
+    wrong: int  # none of that
+    rising: int  # of the possible ones: greater than the one before
+
+    @property
+    def is_table(self) -> bool:
+        """Nothing but its shape speaks for it: few entries may be damaged, and most must rise."""
+        return self.possible > 0 and self.wrong * _IMPOSSIBLE <= self.possible and 2 * self.rising > self.possible
+
+    @property
+    def may_be_table(self) -> bool:
+        """An L1 entry speaks for it, too."""
+        return self.possible + self.past_end >= self.wrong
+
+
+def shape_of(storage: Storage, geometry: Geometry, bounds: Bounds, offset: int) -> Shape | None:
+    """The shape of what is at `offset`, looked at until it cannot be a table; None where none can be."""
     if not bounds.valid_table(offset):
-        return False
-    possible = wrong = rising = before = 0
+        return None
+    possible = past_end = wrong = rising = before = 0
     seen: set[int] = set()
     for _, table in table_slices(storage, geometry, offset):
         for entry in table:
@@ -82,11 +101,13 @@ def has_table_shape(storage: Storage, geometry: Geometry, bounds: Bounds, offset
                 possible += 1
                 rising += entry > before
                 before = entry
+            elif entry >= bounds.end and not entry & geometry.cluster_mask:
+                past_end += 1
             else:
                 wrong += 1
-                if wrong > _IMPOSSIBLE + possible:
-                    return False
-    return possible > 0 and wrong * _IMPOSSIBLE <= possible and 2 * rising > possible
+                if wrong > _IMPOSSIBLE + possible + past_end:
+                    break
+    return Shape(possible, past_end, wrong, rising)
 
 
 def find_tables(
@@ -97,7 +118,8 @@ def find_tables(
     offset = geometry.start_of_cluster(next_data(storage, bounds.start))
     while offset < bounds.end:
         progress(offset, bounds.end)
-        shaped = has_table_shape(storage, geometry, bounds, offset)
+        shape = shape_of(storage, geometry, bounds, offset)
+        shaped = shape is not None and shape.is_table
         if shaped:
             yield offset
         offset += geometry.table_bytes if shaped else geometry.cluster_size
@@ -245,8 +267,8 @@ class Salvage:
                 for index, offset in enumerate(l1, base):
                     if not offset or (found.image_size and index << geo.l1_shift >= found.image_size):
                         continue
-                    empty = bounds.valid_table(offset) and not any(table_slices(storage, geo, offset))
-                    if empty or has_table_shape(storage, geo, bounds, offset):
+                    shape = shape_of(storage, geo, bounds, offset)
+                    if shape is not None and shape.may_be_table:
                         found.tables[index] = offset
                     else:
                         found.lost.add(index)

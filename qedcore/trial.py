@@ -141,7 +141,11 @@ def _candidates(storage: Storage, header: Header) -> Iterator[Header]:
     # Bits that cannot be right are cleared: the other bytes of the number may have survived.
     image_size = header.image_size & (geometry.max_image_size - 1) & ~(SECTOR - 1)
     yield replace(header, image_size=image_size)
-    if Bounds(geometry, 1, storage.size()).valid_table(header.l1_table_offset):
+    # A header area that ends before the L1 table is believed: what points into it is wrong.
+    size, l1_offset = storage.size(), header.l1_table_offset
+    if not Bounds(geometry, header.header_size, size).valid_table(l1_offset) and Bounds(
+        geometry, 1, size
+    ).valid_table(l1_offset):
         yield from _header_sizes(storage, header, geometry)
 
 

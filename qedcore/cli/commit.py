@@ -20,6 +20,7 @@ from .common import (
     notice,
     only_image,
     open_qed,
+    refuse_if_in_use,
     sized,
 )
 
@@ -53,6 +54,7 @@ class BaseChoice:
         self._depth += 1
         found = self._wanted is None or name == self._wanted or os.path.realpath(path) == self._wanted_path
         if found and not self.depth:
+            refuse_if_in_use(path, writable=True)
             self.depth = self._depth
             return True
         return False
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         if base is None:
             raise RequestError("Image does not have a backing file")
         with Progress(args, image.size) as progress:
-            commit(image, base, drop=not (args.keep or args.base is not None), progress=progress.update)
+            commit(image, base, keep=args.keep or args.base is not None, progress=progress.update)
     if not args.quiet:
         print("Image committed.")
     return 0

@@ -112,6 +112,17 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
     }
 
 
+def _json(text: str) -> Any:
+    """JSON as QEMU takes it: strings may be in single quotes."""
+
+    def double_quoted(match: re.Match[str]) -> str:
+        if match[0][0] == '"':
+            return match[0]
+        return json.dumps(match[0][1:-1].replace("\\'", "'"))
+
+    return json.loads(re.sub(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", double_quoted, text))
+
+
 def locate(name: str, format: str | None = None, image_opts: bool = False) -> Location:
     """What `name` means: a path, file:PATH, json:{...}, or with image_opts driver=...,file.filename=...
 
@@ -123,7 +134,7 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
         options: dict[str, str] = _options_of(name)
     elif name.startswith("json:"):
         try:
-            options = _flat(json.loads(name[len("json:") :]))
+            options = _flat(_json(name[len("json:") :]))
         except ValueError as error:
             raise RequestError(f"Could not open '{name}': Could not parse the JSON options: {error}") from None
     elif re.match(r"[^/]*:", name):
@@ -208,7 +219,7 @@ def open_qed(
             f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here"
         )
     refuse_if_in_use(where.path, writable, force_share)
-    options = {**_tracing, **options}
+    options = {"log": notice, **_tracing, **options}
     current = where.path
 
     def opener(path: str, writable: bool, mode: CacheMode) -> Storage:

@@ -83,7 +83,7 @@ class Comparison:
         while pos < end:
             one, two = self._status(0, pos, end - pos), self._status(1, pos, end - pos)
             n = min(one.length, two.length)
-            if strict and _flags(one) != _flags(two):
+            if strict and self._flags(0, pos, one) != self._flags(1, pos, two):
                 return f"Strict mode: Offset {pos} block status mismatch!"
             found = None
             if one.data and two.data:
@@ -120,6 +120,11 @@ class Comparison:
                 f"Sector allocation test failed for {self._names[which]}: {error}", BAD_STATUS
             ) from error
 
+    def _flags(self, which: int, pos: int, run: Run) -> tuple[bool, ...]:
+        """What qemu-img compares in strict mode; whether the run is the last one of the device is part of it."""
+        last = pos + run.length == self._images[which].size
+        return run.data, run.zero, run.present or run.short, run.offset is not None, last
+
     def _read(self, which: int, pos: int, n: int) -> memoryview:
         view = memoryview(self._buffers[which])[:n]
         try:
@@ -143,11 +148,6 @@ class Comparison:
         if one == two:  # memcmp
             return None
         return pos + next(i for i in range(0, n, SECTOR) if one[i : i + SECTOR] != two[i : i + SECTOR])
-
-
-def _flags(run: Run) -> tuple[bool, bool, bool, bool]:
-    """What qemu-img compares in strict mode."""
-    return run.data, run.zero, run.present, run.offset is not None
 
 
 def compare(args: argparse.Namespace, places: tuple[Location, Location]) -> int:

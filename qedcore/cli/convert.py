@@ -373,11 +373,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if "qed" not in formats and target.format != "qed":
         return delegate(args, f"converting {formats[0]} to {args.target_format}")
-    if len(places) > 1 or target.path is None or places[0].path is None:
+    source = places[0]
+    if len(places) > 1 or target.path is None or (source.path is None and formats[0] == "qed"):
         raise UnsupportedError("QED and another format: one local source and one local target at a time, please")
     if target.format == "qed":
-        return from_foreign(args, places[0], formats[0], target)
-    return to_foreign(args, places[0].path, target)
+        return from_foreign(args, source, formats[0], target)
+    assert source.path is not None
+    return to_foreign(args, source.path, target)
 
 
 class ToldError(Exception):
@@ -420,14 +422,15 @@ def from_foreign(args: argparse.Namespace, source: Location, format: str, target
     """An image in a format that only qemu-img reads into a QED image."""
     assert target.path is not None
     what = f"converting {source.name} ({format})"
-    options = option_words(**_passed(args), f=source.format, O="raw", n=True, T=args.source_cache, S=args.sparse)
+    given = ["--image-opts"] if args.image_opts else option_words(f=args.format)
+    options = [*given, *option_words(**_passed(args), O="raw", n=True, T=args.source_cache, S=args.sparse)]
     if args.existing:
         return serve(target.path, ["convert", *options, source.name, URI], what, writable=True)
     name = f"{target.name}: error while converting qed"
     qed_options = target_options(args, name)
     if "backing_file" not in qed_options.values:
         options.append("--target-is-zero")
-    size = foreign_size(source, what)
+    size = foreign_size(source, given, what)
     refuse_if_in_use(target.path, writable=True)
     try:
         with replacing(target.path) as temporary:
@@ -442,12 +445,12 @@ def from_foreign(args: argparse.Namespace, source: Location, format: str, target
     return 0
 
 
-def foreign_size(source: Location, what: str) -> int:
-    """The size in bytes of the device in an image that qemu-img reads."""
+def foreign_size(source: Location, given: list[str], what: str) -> int:
+    """The size in bytes of the device in an image that qemu-img reads, with the options `given`."""
     program = find_qemu_img()
     if program is None:
         raise UnsupportedError(f"{what} needs qemu-img, which cannot be found")
-    command = [program, "info", "--output=json", *option_words(f=source.format), source.name]
+    command = [program, "info", "--output=json", *given, source.name]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise RequestError(done.stderr.strip().partition(": ")[2])

@@ -62,6 +62,7 @@ def _rename(args: argparse.Namespace, where: Location) -> None:
     if where.path is None:
         raise UnsupportedError(f"Could not open '{where.name}': not a local file")
     refuse_if_in_use(where.path, writable=True)
+    open_qed(where, follow=False).close()  # for its messages
     if args.backing and not args.backing_format:
         raise _cannot_change(args.backing, RequestError("backing format must be specified"))
     try:
@@ -78,6 +79,7 @@ def _rebase(args: argparse.Namespace, where: Location) -> None:
                 if not args.backing_format:
                     raise _cannot_change(args.backing, RequestError("backing format must be specified"))
                 path = resolve(args.backing, where.path or "")
+                refuse_if_in_use(path, writable=False, force_share=args.force_share)
                 try:
                     new = open_source(path, args.backing_format, cache=args.source_cache or "writeback")
                 except QEDError as error:
@@ -92,7 +94,7 @@ def _rebase(args: argparse.Namespace, where: Location) -> None:
             close_source(new)
 
 
-def _cannot_change(name: str, error: QEDError) -> QEDError:
+def _cannot_change(name: str | None, error: QEDError) -> QEDError:
     """`error` with qemu-img's words before it."""
     reason = str(error)
     if "infinite loop" in reason:
@@ -101,4 +103,4 @@ def _cannot_change(name: str, error: QEDError) -> QEDError:
         reason = "Operation not supported"
     elif reason.startswith("no space left"):
         reason = "No space left in the file header"
-    return type(error)(f"Could not change the backing file to '{name}': {reason}")
+    return type(error)(f"Could not change the backing file to '{name or ''}': {reason}")

@@ -129,6 +129,9 @@ info --image-opts driver=qed,foo=1,file.filename=plain.qed
 info --image-opts driver=qed,file.filename=missing
 info --image-opts -f qed plain.qed
 info --output=json 'json:{"driver":"qed","file":{"driver":"file","filename":"small.qed"}}'
+info "json:{'driver':'qed','file':{'driver':'file','filename':'sub/top.qed'}}"
+info "json:{'driver':'qed','file':{'driver':'blkdebug','image':{'driver':'file','filename':'plain.qed'}}}"
+info file:plain.qed
 info -U chain.qed
 info --backing-chain chain.qed
 info --backing-chain --output=json deep.qed
@@ -381,6 +384,12 @@ def test_create_keeps_permissions(both: tuple[Path, Path], qed: Run) -> None:
     assert path.stat().st_mode & 0o777 == 0o640
 
 
+def test_names_are_bytes(tmp_path: Path, qed: Run) -> None:
+    name = os.fsdecode(b"\xff.qed")
+    assert qed("create", name, "1M", cwd=tmp_path).rc == 0
+    assert qed("info", name, cwd=tmp_path).rc == qed("map", name, cwd=tmp_path).rc == 0
+
+
 # -- info, beyond qemu-img ------------------------------------------------------------------------------
 
 
@@ -411,30 +420,49 @@ def test_info_describes_a_foreign_backing_file(tmp_path: Path, image: Callable[.
 # -- map ------------------------------------------------------------------------------------------------
 
 
+def random_chain(where: Path, rng: random.Random) -> list[str]:
+    """A raw file and three images on it, of any sizes; their names."""
+    with open(where / "r.raw", "wb") as f:
+        for i in range(30):
+            if rng.random() < 0.5:
+                f.seek(i * 8192)
+                f.write(b"x" * rng.choice((4096, 8192, 100)))
+        f.truncate(rng.randrange(1, 600_000))
+    names = ["r.raw"]
+    for depth in range(3):
+        spec = ImageSpec(
+            size=rng.randrange(1, 100) * 512 * rng.choice((1, 64)),
+            cluster_size=rng.choice((4 * KiB, 64 * KiB)),
+            table_size=rng.choice((2, 4)),
+            layout="".join(rng.choice("DDZ-- ") for _ in range(8)),
+            backing=names[-1],
+            no_probe=depth == 0,
+            reverse=rng.random() < 0.3,
+        )
+        names.append(f"{depth}.qed")
+        build(where / names[-1], spec)
+    return names
+
+
 def test_map_of_random_chains(tmp_path: Path, rng: random.Random, qed: Run) -> None:
     for _ in range(6):
-        with open(tmp_path / "r.raw", "wb") as f:
-            for i in range(30):
-                if rng.random() < 0.5:
-                    f.seek(i * 8192)
-                    f.write(b"x" * rng.choice((4096, 8192, 100)))
-            f.truncate(rng.randrange(1, 600_000))
-        below = "r.raw"
-        for depth in range(3):
-            spec = ImageSpec(
-                size=rng.randrange(1, 100) * 512 * rng.choice((1, 64)),
-                cluster_size=rng.choice((4 * KiB, 64 * KiB)),
-                table_size=rng.choice((2, 4)),
-                layout="".join(rng.choice("DDZ-- ") for _ in range(8)),
-                backing=below,
-                no_probe=depth == 0,
-                reverse=rng.random() < 0.3,
-            )
-            below = f"{depth}.qed"
-            build(tmp_path / below, spec)
+        top = random_chain(tmp_path, rng)[-1]
         for options in ([], ["--output=json"], ["--output=json", "-s", "8k", "-l", "70000"]):
-            line = ["map", *options, below]
+            line = ["map", *options, top]
             assert qed(*line, cwd=tmp_path).out == qemu_img_ok(*line, cwd=tmp_path)
+
+
+def test_compare_of_random_chains(tmp_path: Path, rng: random.Random, qed: Run) -> None:
+    """Also what strict mode says of copies, which are allocated in another way."""
+    for _ in range(3):
+        names = random_chain(tmp_path, rng)
+        for fmt in ("qed", "raw"):
+            qemu_img_ok("convert", "-O", fmt, names[-1], f"copy.{fmt}", cwd=tmp_path)
+        for options in ([], ["-s"]):
+            for other in ("copy.qed", "copy.raw", *names[:-1]):
+                line = ["compare", *options, names[-1], other]
+                expected, found = qemu_img(*line, cwd=tmp_path), qed(*line, cwd=tmp_path)
+                assert (found.rc, found.out, found.err) == (expected.rc, expected.out, expected.err)
 
 
 def test_map_of_runs_of_4_gib(tmp_path: Path, image: Callable[..., object], qed: Run) -> None:
@@ -526,6 +554,7 @@ def test_convert(source: str, options: str, both: tuple[Path, Path], qed: Run) -
         "convert -O qed -o backing_file=base.raw,backing_fmt=raw overlay.qed x.qed",
         "convert -O qed -B plain.qed -F qed longer.qed x.qed",
         "convert -O qed base.raw plain.qed x.qed",
+        "convert -O qed -S 0 \"json:{'driver':'null-co','size':1048576,'read-zeroes':true}\" x.qed",
         "convert -n -O qed small.qed plain.qed",
         "convert -n --target-is-zero -O qed small.qed empty.qed",
         "convert -n -O raw small.qed hole.raw",

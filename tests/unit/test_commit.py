@@ -24,7 +24,7 @@ LAYOUT = {0: "data", 1: "zero", 3: "data", 4: "-", 5: "zero", 511: "zero", 512: 
 Image = Callable[..., Built]
 
 
-def committed(path: Path, depth: int = 1, drop: bool = True, **options: Any) -> list[str]:
+def committed(path: Path, depth: int = 1, keep: bool = False, **options: Any) -> list[str]:
     """Commit the image at `path` into the layer `depth` below it; what the engine said."""
     said: list[str] = []
     asked: list[str] = []
@@ -39,7 +39,7 @@ def committed(path: Path, depth: int = 1, drop: bool = True, **options: Any) -> 
             assert base is not None
             base = base.backing
         assert base is not None
-        commit(image, base, drop=drop)
+        commit(image, base, keep=keep)
     return said
 
 
@@ -59,25 +59,25 @@ def device(path: Path) -> bytes:
 SIZES = [SIZE, 700 * CS, 300 * CS + 700, CS, 0]
 
 
-@pytest.mark.parametrize("drop", [True, False], ids=["emptied", "kept"])
+@pytest.mark.parametrize("keep", [False, True], ids=["emptied", "kept"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["raw", "qed"])
-def test_sizes(image: Image, tmp_path: Path, kind: str, size: int, drop: bool) -> None:
+def test_sizes(image: Image, tmp_path: Path, kind: str, size: int, keep: bool) -> None:
     """The base grows, but is never cut."""
     base = make_base(tmp_path, image, kind, size)
     base_before = device(base)
     path = image(**SMALL, size=SIZE, layout=LAYOUT, backing="base", no_probe=kind == "raw").path
     content, before = path.read_bytes(), guest(path)
-    committed(path, drop=drop)
+    committed(path, keep=keep)
     assert_same(device(base), before + base_before[SIZE:])
     assert_same(guest(path), before)
     if kind == "qed":
         assert_sound(base)
     report = assert_sound(path)
-    if drop:
-        assert (report.tables, report.allocated, path.stat().st_size) == (0, 0, 2 * CS)
-    else:
+    if keep:
         assert path.read_bytes() == content
+    else:
+        assert (report.tables, report.allocated, path.stat().st_size) == (0, 0, 2 * CS)
 
 
 def test_base_over_a_longer_file(image: Image, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_over_a_layer_between(image: Image, tmp_path: Path, kind: str, middle: i
     )
     path = image(**SMALL, size=SIZE, layout=LAYOUT, backing="middle.qed").path
     content, before = path.read_bytes(), guest(path)
-    committed(path, depth=2, drop=False)
+    committed(path, depth=2, keep=True)
     assert_same(device(base), before)
     assert_same(guest(path), before)
     assert path.read_bytes() == content
@@ -207,6 +207,25 @@ def test_crash(image: Image, tmp_path: Path, kind: str, repair: bool) -> None:
     world.save()
     assert_same(guest(path), before)
     assert_same(device(base), before)
+
+
+def test_interrupted_between_clusters(image: Image) -> None:
+    """Ctrl-C in the middle: what was done is complete, and both images are clean."""
+    base = image("base", **SMALL, size=SIZE).path
+    path = image(**SMALL, size=SIZE, layout=dict.fromkeys(range(0, 600, 50), "data"), backing="base").path
+    before = guest(path)
+
+    def progress(pos: int) -> None:
+        if pos > 200 * CS:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        with qedcore.open_image(path, write_below=lambda name, path: True) as img:
+            assert img.backing is not None
+            commit(img, img.backing, progress=progress)
+    assert assert_sound(base).allocated == 5
+    assert_sound(path)
+    assert_same(guest(path), before)
 
 
 @pytest.mark.parametrize("kind", ["raw", "qed"])

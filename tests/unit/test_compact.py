@@ -268,13 +268,15 @@ CRASHES = {
 }
 
 
-@pytest.mark.parametrize("backing", [False, True], ids=["alone", "overlay"])
+@pytest.mark.parametrize(
+    "table_size, backing", [(1, False), (1, True), (2, False)], ids=["alone", "overlay", "larger tables"]
+)
 @pytest.mark.parametrize("layout", CRASHES.values(), ids=CRASHES)
 def test_crash_in_compact(
-    image: Image, tmp_path: Path, small_window: None, layout: dict[str, Any], backing: bool
+    image: Image, tmp_path: Path, small_window: None, layout: dict[str, Any], table_size: int, backing: bool
 ) -> None:
     size = 1200 * CS
-    path = image(**spec_of(layout, tmp_path, backing, size)).path
+    path = image(**{**spec_of(layout, tmp_path, backing, size), "table_size": table_size}).path
     before = guest(path)
     world = World(path, *([tmp_path / "base"] if backing else []))
     with qedcore.open_image(path, opener=world.open) as img:
@@ -284,10 +286,12 @@ def test_crash_in_compact(
     assert_in_order(path)
 
 
+@pytest.mark.parametrize("table_size", [1, 2])
 @pytest.mark.parametrize("name", ["tail data", "L1 in the tail", "tables between", "only tables"])
-def test_crash_in_pack(image: Image, small_window: None, name: str) -> None:
+def test_crash_in_pack(image: Image, small_window: None, name: str, table_size: int) -> None:
     layout, holes = PACK[name]
-    path = image(**SMALL, size=4096 * CS if "tables" in name else 100 * CS, **layout).path
+    size = 4096 * CS if "tables" in name else 100 * CS
+    path = image(cluster_size=CS, table_size=table_size, size=size, **layout).path
     unlink(path, holes)
     before = guest(path)
     world = World(path)

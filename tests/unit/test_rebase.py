@@ -251,6 +251,25 @@ def test_crash(image: Image, tmp_path: Path, new: str | None) -> None:
     assert QedFile(path).backing_name == new
 
 
+def test_interrupted_between_clusters(image: Image, tmp_path: Path) -> None:
+    """Ctrl-C in the middle leaves a clean image under its old name."""
+    raw(tmp_path / "old", 1000 * CS, 9)
+    raw(tmp_path / "new", 0)
+    path = image(**SMALL, size=1000 * CS, layout={500: "data"}, backing="old", no_probe=True).path
+    before = guest(path)
+
+    def progress(pos: int) -> None:
+        if pos > 500 * CS:
+            raise KeyboardInterrupt
+
+    new = open_source(tmp_path / "new", "raw")
+    with pytest.raises(KeyboardInterrupt), qedcore.open_image(path) as img:
+        rebase(img, "new", new, True, progress)
+    close_source(new)
+    assert assert_sound(path).allocated >= 500
+    assert_same(guest(path), before)
+
+
 def test_error_at_each_op(image: Image, tmp_path: Path) -> None:
     raw(tmp_path / "old", SIZE, 9, {4: 0})
     raw(tmp_path / "new", SIZE, 9, {3: 8, 4: 8})

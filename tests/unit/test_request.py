@@ -17,7 +17,7 @@ from support.qed_image import Built, Geometry, QedFile, assert_sound, raw_reader
 
 import qedcore
 from qedcore import alloc
-from qedcore.errors import QEDError, ReadOnlyError, RequestError, ShutdownError, StorageError
+from qedcore.errors import CorruptImageError, QEDError, ReadOnlyError, RequestError, ShutdownError, StorageError
 
 Image = Callable[..., Built]
 CS = 64 * KiB
@@ -619,6 +619,19 @@ def test_need_check_stays_after_a_failed_metadata_write(tapped: Tapped) -> None:
         assert file.need_check
     qedcore.open_image(built.path).close()
     assert_sound(built.path)
+
+
+@pytest.mark.parametrize("writable", [True, False], ids=["rw", "ro"])
+def test_run_ends_with_the_file(image: Image, writable: bool) -> None:
+    """The last cluster is read, the next one of the run is an error, however they are asked for."""
+    built = image(layout="D", leaks=2, entries={n: lambda b, n=n: b.end + (n - 3) * CS for n in (1, 2, 3)})
+    with qedcore.open_image(built.path, writable) as img:
+        for pos, length in ((CS, 3 * CS), (2 * CS, 2 * CS), (3 * CS, 1), (3 * CS - 1, 2)):
+            for request in (lambda: img.pread(length, pos), lambda: img.extents(pos, length)):  # noqa: B023
+                with pytest.raises(CorruptImageError, match="L2 entry 3 at .* not a cluster"):
+                    request()
+        assert img.pread(2 * CS, CS) == bytes(2 * CS)
+        assert [n for n, _ in img.extents(0, 3 * CS)] == [3 * CS]
 
 
 # Extents

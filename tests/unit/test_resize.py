@@ -165,6 +165,10 @@ CRASHES: dict[str, tuple[dict[str, Any], int]] = {
     "shrink": ({"size": 9 * CS, "layout": "DDDDDDDDD", "reverse": True}, 4 * CS + 512),
     "shrink by tables": ({"size": 3 * SPAN, "layout": dict.fromkeys((1, 2, 600, 700, 1100), "data")}, SPAN + 512),
     "shrink, L1 last": ({"size": 3 * SPAN, "layout": dict.fromkeys((0, 600, 1100), "data"), "l1_last": True}, SPAN),
+    "shrink, larger tables": (
+        {"size": 1200 * CS, "table_size": 4, "layout": dict.fromkeys((1, 2, 600, 1100), "data"), "reverse": True},
+        601 * CS,
+    ),
 }
 
 
@@ -176,7 +180,7 @@ def test_crash(image: Image, tmp_path: Path, spec: dict[str, Any], size: int, ba
         (tmp_path / "base").write_bytes(stamp(9, 0, SPAN + 40 * CS))
         files = [tmp_path / "base"]
         spec = dict(spec, backing="base", no_probe=True)
-    path = image(**SMALL, **spec).path
+    path = image(**{**SMALL, **spec}).path
     old = guest(path)
     new = old[:size] + bytes(max(0, size - len(old)))
     world = World(path, *files)
@@ -189,7 +193,7 @@ def test_crash(image: Image, tmp_path: Path, spec: dict[str, Any], size: int, ba
 @pytest.mark.parametrize("spec, size", CRASHES.values(), ids=CRASHES)
 def test_error_at_each_op(image: Image, spec: dict[str, Any], size: int) -> None:
     """The image is the old or the new one, and a second attempt makes it the new one."""
-    path = image(**SMALL, **spec).path
+    path = image(**{**SMALL, **spec}).path
     content, old = path.read_bytes(), guest(path)
     new = old[:size] + bytes(max(0, size - len(old)))
     fail_at = 0
