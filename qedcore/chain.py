@@ -127,9 +127,7 @@ class ChainOpener:
                 storage.close()
             raise
 
-    def _open_storage(
-        self, path: str, writable: bool, seen: dict[object, str], overlays: list[QEDImage]
-    ) -> Storage:
+    def _open_storage(self, path: str, writable: bool, seen: dict[object, str], overlays: list[QEDImage]) -> Storage:
         try:
             storage = self._opener(path, writable, self._mode)
         except StorageError as error:

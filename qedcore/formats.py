@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, Union
+from typing import NamedTuple, Union
 
-from .chain import RawSource, probe
+from .chain import RawSource
 from .cluster import FOUND, ZERO
-from .errors import StorageError, UnsupportedError
+from .errors import StorageError
 from .geometry import SECTOR, MiB, round_up
 from .image import QEDImage
 from .request import Source
@@ -35,6 +35,7 @@ class Run(NamedTuple):
     offset: int | None  # bytes, in `file`
     file: str | None  # the name of the file that has the data
     short: bool = False  # zeros because a backing file ends before it
+    end: bool = False  # nothing there, up to the end of the lowest image
 
 
 def file_run(storage: Storage, pos: int, length: int) -> tuple[bool, int]:
@@ -93,14 +94,6 @@ class RawImage:
 EndPoint = Union[QEDImage, RawImage]
 
 
-class Layer(Protocol):
-    """What block_status needs of an image of a chain."""
-
-    size: int
-    storage: Storage
-    backing: Source | None
-
-
 def open_raw(path: str, writable: bool = False, mode: CacheMode = CacheMode()) -> RawImage:
     """Raises StorageError."""
     storage = open_storage(path, writable, mode)
@@ -117,7 +110,7 @@ def block_status(image: EndPoint, pos: int, length: int) -> Run:
     Raises CorruptImageError and StorageError.
     """
     layer: Source | EndPoint | None = image
-    depth = 0
+    depth = size = 0
     while layer is not None:
         size = round_up(layer.size, SECTOR)
         if pos >= size:  # the image above is longer: zeros of its own
@@ -133,7 +126,7 @@ def block_status(image: EndPoint, pos: int, length: int) -> Run:
             return Run(length, depth, True, True, False, None, None)
         layer = layer.backing
         depth += 1
-    return Run(length, depth - 1, False, True, False, None, None)
+    return Run(length, depth - 1, False, True, False, None, None, end=pos + length == size)
 
 
 def runs(image: EndPoint, pos: int, end: int) -> Iterator[tuple[int, Run]]:
@@ -171,15 +164,3 @@ def first_nonzero(buf: bytearray, length: int) -> int | None:
 def is_zero(buf: bytearray, start: int, end: int) -> bool:
     """Whether bytes [start, end) are all zeros; at most BUFFER of them."""
     return buf.startswith(memoryview(_ZEROS)[: end - start], start)
-
-
-def probe_file(path: str) -> str:
-    """The format of the file at `path`.  Raises StorageError; UnsupportedError for formats that are not for us."""
-    storage = open_storage(path, writable=False)
-    try:
-        found = probe(storage)
-    finally:
-        storage.close()
-    if found not in ("raw", "qed"):
-        raise UnsupportedError(f"{path} is a {found} image")
-    return found

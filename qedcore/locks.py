@@ -9,8 +9,6 @@ from __future__ import annotations
 import enum
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 CHECK = os.environ.get("QEDCORE_CHECK_LOCKS") == "1"

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Callable, NamedTuple
 
 from .check import Damage
@@ -33,11 +34,12 @@ from .image import Metadata
 from .scan import DATA, METADATA, ClusterUse, Scan, ScanResult, table_slices
 from .storage import Storage
 from .table import TableIO
-from .trial import Fit, prove, raw_header
+from .trial import Fit, prove, raw_header, shape_of
 
 KEPT = 16  # in ClusterUse.map: of a table that stays where it is
 _COPY_STEP = 4 * MiB  # bytes copied with one read and one write
 _BATCH = 64 * MiB  # bytes copied between flushes
+_FEW = 1000  # lost L1 entries of which a list is made
 _WRONG_L1_ENTRIES = 8  # fewer may be damage, without one that is right
 
 _NOBODY: Any = None  # in the place of what an open image has
@@ -246,6 +248,7 @@ class Repair:
     def _correct_l1(self, use: ClusterUse) -> bool:
         """Clear or correct the entries that cannot lead to a table; True if there were any."""
         changed = False
+        lost: list[Damage] = []
         l1_offset = self._header.header.l1_table_offset
         for index, offset in self._l1_entries():
             damage = Damage("L1", l1_offset, index, offset, index << self._geometry.l1_shift, False, False)
@@ -257,6 +260,8 @@ class Repair:
                     self._write_entry(
                         damage, rounded, "a table is there that nothing else refers to: low bits cleared"
                     )
+                elif damage.pos < self._header.header.image_size and len(lost) < _FEW:
+                    lost.append(damage)
                 else:
                     self._write_entry(damage, UNALLOCATED, "not a valid offset: cleared")
             elif abs(offset - l1_offset) < self._geometry.table_bytes:
@@ -266,7 +271,36 @@ class Repair:
             else:
                 continue
             changed = True
+        self._correct_lost(use, lost)
         return changed
+
+    def _correct_lost(self, use: ClusterUse, lost: list[Damage]) -> None:
+        """L1 entries of which nothing is left: if one table has lost its entry, too, they belong together."""
+        orphans = list(islice(self._orphans(use), 2)) if lost else []
+        if len(lost) == len(orphans) == 1:
+            self._write_entry(lost[0], orphans[0], f"the only table without an entry is at {orphans[0]:#x}: that one")
+            return
+        for damage in lost:
+            self._write_entry(damage, UNALLOCATED, "not a valid offset: cleared")
+        if orphans:
+            # Kept as leaks they would never go away.  --dry-run says this before anything is done.
+            self._say(
+                f"what is at {orphans[0]:#x} looks like an L2 table, but nothing proves its place: given up as a leak"
+            )
+
+    def _orphans(self, use: ClusterUse) -> Iterator[int]:
+        """Offsets of what has the shape of an L2 table, and like its data clusters is used by nothing."""
+        geo = self._geometry
+        cluster = use.next_free(self._bounds.start >> geo.l2_shift)
+        while cluster < use.clusters:
+            offset = cluster << geo.l2_shift
+            shape = shape_of(self._storage, geo, self._bounds, offset)
+            if shape is not None and shape.is_table and not any(self._table_uses(use, offset)):
+                entries = (entry for _, table in table_slices(self._storage, geo, offset) for entry in table)
+                data = (entry for entry in entries if entry > ZERO_CLUSTER and self._bounds.valid_cluster(entry))
+                if not any(use.map[entry >> geo.l2_shift] for entry in data):
+                    yield offset
+            cluster = use.next_free(cluster + 1)
 
     def _claim_table(self, use: ClusterUse, offset: int) -> None:
         first = offset >> self._geometry.l2_shift

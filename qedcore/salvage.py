@@ -34,14 +34,13 @@ from .header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header
 from .scan import next_data, table_slices
 from .storage import Storage
 from .table import TableIO
-from .trial import CLUSTER_SIZES, TABLE_SIZES, Fit, best_fit, fit, l1_shaped, raw_header
+from .trial import CLUSTER_SIZES, TABLE_SIZES, Fit, best_fit, fit, l1_shaped, raw_header, shape_of
 
 GOOD, ZERO, LOST = "good", "zero", "lost"
 GUESSED = "position guessed"
 FROM_BACKING = "the backing file's data belongs here"
 
 _COPY_STEP = 4 * MiB  # bytes copied with one read and one write
-_IMPOSSIBLE = 8  # one in so many entries of a table may be damaged
 
 
 class Range(NamedTuple):
@@ -65,49 +64,6 @@ class Found:
     guessed: set[int] = field(default_factory=set)  # L1 indices whose table is not certain
     lost: set[int] = field(default_factory=set)  # L1 indices that had a table, which was not found
     notes: list[str] = field(default_factory=list)  # lines for people
-
-
-class Shape(NamedTuple):
-    """What the data entries of a possible table look like."""
-
-    possible: int  # aligned, within the file, each for the first time
-    past_end: int  # aligned, but past the end of the file, which may have been cut
-    wrong: int  # none of that
-    rising: int  # of the possible ones: greater than the one before
-
-    @property
-    def is_table(self) -> bool:
-        """Nothing but its shape speaks for it: few entries may be damaged, and most must rise."""
-        return self.possible > 0 and self.wrong * _IMPOSSIBLE <= self.possible and 2 * self.rising > self.possible
-
-    @property
-    def may_be_table(self) -> bool:
-        """An L1 entry speaks for it, too."""
-        return self.possible + self.past_end >= self.wrong
-
-
-def shape_of(storage: Storage, geometry: Geometry, bounds: Bounds, offset: int) -> Shape | None:
-    """The shape of what is at `offset`, looked at until it cannot be a table; None where none can be."""
-    if not bounds.valid_table(offset):
-        return None
-    possible = past_end = wrong = rising = before = 0
-    seen: set[int] = set()
-    for _, table in table_slices(storage, geometry, offset):
-        for entry in table:
-            if entry <= ZERO_CLUSTER:
-                continue
-            if bounds.valid_cluster(entry) and entry not in seen:
-                seen.add(entry)
-                possible += 1
-                rising += entry > before
-                before = entry
-            elif entry >= bounds.end and not entry & geometry.cluster_mask:
-                past_end += 1
-            else:
-                wrong += 1
-                if wrong > _IMPOSSIBLE + possible + past_end:
-                    break
-    return Shape(possible, past_end, wrong, rising)
 
 
 def find_tables(

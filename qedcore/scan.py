@@ -7,8 +7,9 @@ what they refer to is no leak.  And a map of one byte per cluster is kept, which
     map:  | METADATA | 0 | DATA | DATA ... |     memory: one byte per cluster of the file, in pages touched
           header, tables ^ leak               only, however large the tables are; they are read in slices
 
-numpy, if installed, looks at slices of large images first; those with nothing to report need no further look.
-All findings come from the code below in plain Python, so they are the same without numpy.
+numpy, if installed, looks at the tables of large images first, in two threads (QuickLook): a sound image needs no
+more.  If anything is wrong, a second scan goes through the slices in order, and numpy only spares it those with
+nothing to report.  So all findings come from plain Python, and are the same without numpy.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import errno
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Callable
@@ -178,8 +180,10 @@ class Vectors:
         """(data clusters, how many are fragmented, next offset expected), or None: look at the entries one by one."""
         np, geo, bounds = self._np, self._geometry, self._bounds
         entries = np.frombuffer(table, dtype=np.uint64)
-        if int(entries.min()) <= ZERO_CLUSTER:
+        lowest = int(entries.min())
+        if lowest <= ZERO_CLUSTER:
             entries = entries[entries > ZERO_CLUSTER]
+            lowest = int(entries.min()) if len(entries) else 0
         n = len(entries)
         if n == 0:
             return 0, 0, expected
@@ -196,7 +200,7 @@ class Vectors:
         else:
             if int(np.bitwise_or.reduce(entries)) & geo.cluster_mask:
                 return None
-            if int(entries.min()) < bounds.start or int(entries.max()) >= bounds.end:
+            if lowest < bounds.start or int(entries.max()) >= bounds.end:
                 return None
             numbers = np.right_shift(entries, np.uint64(geo.l2_shift), out=self._scratch[:n]).view(np.int64)
             if self._strict and (self._map[numbers].any() or len(np.unique(numbers)) != n):
@@ -209,6 +213,45 @@ class Vectors:
     def count(self) -> int:
         """Clusters in use."""
         return int(self._np.count_nonzero(self._map))
+
+
+class QuickLook:
+    """Every second L2 table of an image whose L1 table is sound, in a thread of its own: numpy lets others run."""
+
+    def __init__(self, scan: Scan, vectors: Vectors, part: int) -> None:
+        self._scan = scan
+        self._vectors = vectors
+        self._part = part  # 0 or 1
+        self.wanted = True  # False: nobody waits for the result any more
+        self.sound = False
+        self.allocated = self.fragmented = 0  # data clusters
+        self.mapped_end = 0  # bytes: guest position after the last cluster that is mapped
+
+    def run(self, progress: Callable[[int, int], None]) -> None:
+        scan = self._scan
+        buffer = empty(scan.geometry.slice_entries)
+        total = scan.result.tables
+        try:
+            for n, (index, offset) in enumerate(scan.l1_entries()):
+                if n % 2 == self._part and not (self.wanted and self._look(index, offset, buffer)):
+                    return
+                progress(n + 1, total)
+        except StorageError:
+            return  # the other scan will meet it, too, and says what it is
+        self.sound = True
+
+    def _look(self, index: int, offset: int, buffer: Table) -> bool:
+        """Claim what a table refers to; False if an entry is wrong."""
+        geo, pos, expected = self._scan.geometry, index << self._scan.geometry.l1_shift, 0
+        for base, table in table_slices(self._scan.storage, geo, offset, buffer):
+            claimed = self._vectors.claim(table, expected)
+            if claimed is None:
+                return False
+            n, fragmented, expected = claimed
+            self.allocated += n
+            self.fragmented += fragmented
+            self.mapped_end = max(self.mapped_end, pos + ((base + _length(table)) << geo.l2_shift))
+        return True
 
 
 class Scan:
@@ -228,9 +271,9 @@ class Scan:
         progress: Callable[[int, int], None] = lambda done, total: None,
         vectors: bool | None = None,  # None: if numpy is there and the image is large
     ) -> None:
-        self._storage = storage
-        self._geometry = geometry
-        self._bounds = bounds
+        self.storage = storage
+        self.geometry = geometry
+        self.bounds = bounds
         self._l1_offset = l1_offset  # bytes
         self._report = report
         self._progress = progress
@@ -238,57 +281,67 @@ class Scan:
         self._vectors: Vectors | None = None
         self._buffer = empty(geometry.slice_entries)  # for L2 tables
         self._expected = 0  # bytes: where the next data cluster would not be fragmented; 0 at a table's start
-        self._claimed = 0  # data clusters that the vectors claimed
         self.use = ClusterUse(bounds.end >> geometry.l2_shift)
         self.result = ScanResult()
 
     def run(self, limit: int = 1 << 63) -> ScanResult:
         """Scan; give up when `limit` corruptions were found."""
         self._read_l1()
-        if not (self.result.corruptions == 0 and self._load_vectors(strict=False) and self._is_sound()):
-            self._load_vectors(strict=True)
+        wanted = self._want_vectors
+        if wanted is None:
+            wanted = self.result.tables * self.geometry.table_entries >= _VECTOR_ENTRIES
+        if not (wanted and self.result.corruptions == 0 and self._is_sound()):
+            self._vectors = self._load_vectors(strict=True) if wanted else None
             self._read_l2_tables(limit)
         self._count_leaks()
         self._vectors = None  # it holds on to the map
         return self.result
 
     def _is_sound(self) -> bool:
-        """The quick look: read all L2 tables with the vectors.  False: there is damage; all is as before it."""
-        assert self._vectors is not None
-        metadata = self._vectors.count()
-        report, self._report = self._report, lambda damage: None
-        self._read_l2_tables(limit=1)
+        """A quick look at all L2 tables, by two threads.  False: there is damage, or no numpy; all is as before."""
+        first, second = self._load_vectors(strict=False), self._load_vectors(strict=False)
+        if first is None or second is None:
+            return False
+        metadata = first.count()
+        looks = [QuickLook(self, vectors, part) for part, vectors in enumerate((first, second))]
+        other = threading.Thread(target=looks[1].run, args=(lambda done, total: None,), daemon=True)
+        other.start()
+        try:
+            looks[0].run(self._progress)
+        finally:
+            looks[1].wanted = looks[1].wanted and looks[0].sound
+            other.join()
         # Two claims of a cluster count twice, but make one byte of the map.
-        sound = self.result.corruptions == 0 and self._vectors.count() == metadata + self._claimed
-        if not sound:
-            self._vectors = None
-            self.use = ClusterUse(self.use.clusters)
-            self.result = ScanResult()
-            self._read_l1()
+        claimed = sum(look.allocated for look in looks)
+        if all(look.sound for look in looks) and first.count() == metadata + claimed:
+            self.result.allocated = claimed
+            self.result.fragmented = sum(look.fragmented for look in looks)
+            self.result.mapped_end = max(look.mapped_end for look in looks)
+            self._vectors = first
+            return True
+        del first, second, looks  # they hold on to the map
+        report, self._report = self._report, lambda damage: None
+        self.use = ClusterUse(self.use.clusters)
+        self.result = ScanResult()
+        self._read_l1()
         self._report = report
-        return sound
+        return False
 
-    def _load_vectors(self, strict: bool) -> bool:
-        wanted = self._want_vectors
-        if wanted is None:
-            wanted = self.result.tables * self._geometry.table_entries >= _VECTOR_ENTRIES
-        self._claimed = 0
-        if wanted:
-            try:
-                self._vectors = Vectors(self._geometry, self._bounds, self.use, strict)
-            except ImportError:
-                self._want_vectors = False
-        return self._vectors is not None
+    def _load_vectors(self, strict: bool) -> Vectors | None:
+        try:
+            return Vectors(self.geometry, self.bounds, self.use, strict)
+        except ImportError:
+            return None
 
     # -- the L1 table: which L2 tables there are -----------------------------------------------------------------
 
     def _read_l1(self) -> None:
-        geo, bounds = self._geometry, self._bounds
+        geo, bounds = self.geometry, self.bounds
         # The header is in cluster 0 even if header_size is 0.
         for cluster in range(min(max(bounds.start >> geo.l2_shift, 1), self.use.clusters)):
             self.use.claim(cluster, METADATA)
         self._claim_table(self._l1_offset)
-        for index, offset in self._l1_entries():
+        for index, offset in self.l1_entries():
             if not bounds.valid_table(offset):
                 self._damaged("L1", self._l1_offset, index, offset, index << geo.l1_shift)
                 continue
@@ -298,30 +351,30 @@ class Scan:
                 self._damaged("L1", self._l1_offset, index, offset, index << geo.l1_shift, shared=True)
             self.result.tables += 1
 
-    def _l1_entries(self) -> Iterator[tuple[int, int]]:
+    def l1_entries(self) -> Iterator[tuple[int, int]]:
         """(index, entry) of the L1 entries that are not 0."""
-        for base, table in table_slices(self._storage, self._geometry, self._l1_offset):
+        for base, table in table_slices(self.storage, self.geometry, self._l1_offset):
             for i, offset in enumerate(table, base):
                 if offset:
                     yield i, offset
 
     def _claim_table(self, offset: int) -> int:
         """Claim the clusters of a table; how many of them were in use already."""
-        first = offset >> self._geometry.l2_shift
+        first = offset >> self.geometry.l2_shift
         return sum(
-            not self.use.claim(cluster, METADATA) for cluster in range(first, first + self._geometry.table_size)
+            not self.use.claim(cluster, METADATA) for cluster in range(first, first + self.geometry.table_size)
         )
 
     # -- the L2 tables -------------------------------------------------------------------------------------------
 
     def _read_l2_tables(self, limit: int) -> None:
         """Read the tables that the L1 table refers to; give up at `limit` corruptions."""
-        geo, result = self._geometry, self.result
+        geo, result = self.geometry, self.result
         done = 0
-        for index, offset in self._l1_entries():
+        for index, offset in self.l1_entries():
             if result.corruptions >= limit:
                 return
-            if not self._bounds.valid_table(offset) or self._on_l1_table(offset):
+            if not self.bounds.valid_table(offset) or self._on_l1_table(offset):
                 continue
             # The same order as in _read_l1, so the same tables come second.
             first = offset >> geo.l2_shift
@@ -340,20 +393,19 @@ class Scan:
 
     def _on_l1_table(self, offset: int) -> bool:
         """Surely no L2 table is there."""
-        return abs(offset - self._l1_offset) < self._geometry.table_bytes
+        return abs(offset - self._l1_offset) < self.geometry.table_bytes
 
     def _read_l2(self, index: int, offset: int, quiet: bool) -> None:
         """Claim what a table refers to; `quiet` if part of it belongs to another table, which is reported already."""
-        geo, result = self._geometry, self.result
+        geo, result = self.geometry, self.result
         pos = index << geo.l1_shift
         self._expected = 0
-        for base, table in table_slices(self._storage, geo, offset, self._buffer):
+        for base, table in table_slices(self.storage, geo, offset, self._buffer):
             at = pos + (base << geo.l2_shift)
             claimed = None if quiet or self._vectors is None else self._vectors.claim(table, self._expected)
             if claimed is not None:
                 assert self._vectors is not None
                 n, fragmented, self._expected = claimed
-                self._claimed += n
                 result.allocated += n
                 result.fragmented += fragmented
                 mapped = at + (_length(table) << geo.l2_shift)
@@ -363,7 +415,7 @@ class Scan:
 
     def _read_slice(self, offset: int, base: int, table: Table, pos: int, quiet: bool) -> None:
         """One entry after the other; `pos` is the first guest position of the slice."""
-        geo, result, bounds, use = self._geometry, self.result, self._bounds, self.use
+        geo, result, bounds, use = self.geometry, self.result, self.bounds, self.use
         cs, shift, mapped = geo.cluster_size, geo.l2_shift, -1
         for i, entry in enumerate(table):
             if entry <= ZERO_CLUSTER:
@@ -382,23 +434,21 @@ class Scan:
             self._expected = entry + cs
             if not valid:
                 self._damaged("L2", offset, base + i, entry, pos + (i << shift))
-            elif use.claim(entry >> shift, DATA):
-                self._claimed += 1
-            else:
+            elif not use.claim(entry >> shift, DATA):
                 self._damaged("L2", offset, base + i, entry, pos + (i << shift), shared=True)
         if mapped >= 0:
             result.mapped_end = max(result.mapped_end, pos + ((mapped + 1) << shift))
 
     def _damaged(self, table: str, at: int, index: int, value: int, pos: int, shared: bool = False) -> None:
         self.result.corruptions += 1
-        past_end = value >= self._bounds.end - (self._geometry.table_bytes if table == "L1" else 0)
-        aligned = not value & self._geometry.cluster_mask
+        past_end = value >= self.bounds.end - (self.geometry.table_bytes if table == "L1" else 0)
+        aligned = not value & self.geometry.cluster_mask
         self._report(Damage(table, at, index, value, pos, shared, past_end and aligned and not shared))
 
     def _count_leaks(self) -> None:
         result = self.result
         result.file_clusters = self.use.clusters
-        result.end = self.use.last() << self._geometry.l2_shift
+        result.end = self.use.last() << self.geometry.l2_shift
         if not result.check_errors:
             used = self.use.count() if self._vectors is None else self._vectors.count()
             result.leaks = self.use.clusters - used

@@ -23,17 +23,19 @@ from .geometry import (
     MIN_CLUSTER_SIZE,
     MIN_TABLE_SIZE,
     SECTOR,
+    ZERO_CLUSTER,
     Bounds,
     Geometry,
     MiB,
     round_up,
 )
 from .header import HEADER_BYTES, KNOWN_FEATURES, MAGIC, MAX_BACKING_NAME, Header
-from .scan import Scan, ScanResult, next_data
+from .scan import Scan, ScanResult, next_data, table_slices
 from .storage import Storage
 from .table import TableIO
 
 _CLEARLY = 4  # the best candidate leaves this many times less unexplained than any other
+_IMPOSSIBLE = 8  # one in so many entries of a table may be damaged
 _TOLERATED = 1 << 16  # corruptions: besides the header, there may be other damage
 _FIELDS = ("magic", "cluster_size", "table_size", "header_size", "l1_table_offset", "image_size")
 
@@ -204,3 +206,46 @@ def _l1_entries(storage: Storage, geometry: Geometry, bounds: Bounds, offset: in
                     return None
                 n += 1
     return n
+
+
+class Shape(NamedTuple):
+    """What the data entries of a possible table look like."""
+
+    possible: int  # aligned, within the file, each for the first time
+    past_end: int  # aligned, but past the end of the file, which may have been cut
+    wrong: int  # none of that
+    rising: int  # of the possible ones: greater than the one before
+
+    @property
+    def is_table(self) -> bool:
+        """Nothing but its shape speaks for it: few entries may be damaged, and most must rise."""
+        return self.possible > 0 and self.wrong * _IMPOSSIBLE <= self.possible and 2 * self.rising > self.possible
+
+    @property
+    def may_be_table(self) -> bool:
+        """An L1 entry speaks for it, too."""
+        return self.possible + self.past_end >= self.wrong
+
+
+def shape_of(storage: Storage, geometry: Geometry, bounds: Bounds, offset: int) -> Shape | None:
+    """The shape of what is at `offset`, looked at until it cannot be a table; None where none can be."""
+    if not bounds.valid_table(offset):
+        return None
+    possible = past_end = wrong = rising = before = 0
+    seen: set[int] = set()
+    for _, table in table_slices(storage, geometry, offset):
+        for entry in table:
+            if entry <= ZERO_CLUSTER:
+                continue
+            if bounds.valid_cluster(entry) and entry not in seen:
+                seen.add(entry)
+                possible += 1
+                rising += entry > before
+                before = entry
+            elif entry >= bounds.end and not entry & geometry.cluster_mask:
+                past_end += 1
+            else:
+                wrong += 1
+                if wrong > _IMPOSSIBLE + possible + past_end:
+                    break
+    return Shape(possible, past_end, wrong, rising)

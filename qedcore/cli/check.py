@@ -10,8 +10,6 @@ from typing import Any, Callable
 
 from ..errors import ImageFormatError, RequestError, StorageError, UnsupportedError
 from ..header import Header, read_header
-from ..rehearsal import Rehearsal
-from ..repair import Outcome, Repair
 from ..scan import Scan, ScanResult
 from ..storage import Storage
 from ..storage.file import cache_mode, open_storage
@@ -88,10 +86,13 @@ def _check(args: argparse.Namespace, where: Location, storage: Storage) -> int:
     with Progress(args, _STEPS) as progress:
         update = _fraction(progress)
         found = Scan(storage, geometry, bounds, header.l1_table_offset, report=report, progress=update).run()
-    return _finish(args, where, header, Outcome(found, found))
+    return _finish(args, where, header, found)
 
 
 def _repair(args: argparse.Namespace, where: Location, storage: Storage) -> int:
+    from ..rehearsal import Rehearsal  # here, because a mere check should not wait for them
+    from ..repair import Repair
+
     notes: list[str] = []
     target: Storage = Rehearsal(storage) if args.dry_run else storage
     say = notes.append if args.dry_run else _silent if args.quiet else notice
@@ -99,13 +100,14 @@ def _repair(args: argparse.Namespace, where: Location, storage: Storage) -> int:
         repair = Repair(target, say=say, progress=_fraction(progress), rehearse=args.dry_run)
         outcome = repair.run(everything=args.repair == "all")
     if not args.dry_run:
-        return _finish(args, where, read_header(storage)[0], outcome)
+        fixed = outcome.corruptions_fixed, outcome.leaks_fixed
+        return _finish(args, where, read_header(storage)[0], outcome.last, *fixed)
     if not args.quiet and args.output == "human":
         print("The following would be done:\n" if notes else "Nothing would be done.")
         for line in notes:
             print(f"    {line}")
         print("\nThe image now, unchanged:\n" if notes else "")
-    return _finish(args, where, read_header(target)[0], Outcome(outcome.first, outcome.first), notes)
+    return _finish(args, where, read_header(target)[0], outcome.first, notes=notes)
 
 
 def _silent(text: object) -> None:
@@ -117,14 +119,18 @@ def _fraction(progress: Progress) -> Callable[[int, int], None]:
 
 
 def _finish(
-    args: argparse.Namespace, where: Location, header: Header, outcome: Outcome, notes: list[str] | None = None
+    args: argparse.Namespace,
+    where: Location,
+    header: Header,
+    last: ScanResult,
+    corruptions_fixed: int = 0,
+    leaks_fixed: int = 0,
+    notes: list[str] | None = None,
 ) -> int:
     """Print the result as qemu-img does; the exit code."""
-    last = outcome.last
-    fixed = outcome.corruptions_fixed or outcome.leaks_fixed
-    if args.output == "human" and fixed and not args.quiet:
+    if args.output == "human" and (corruptions_fixed or leaks_fixed) and not args.quiet:
         print("The following inconsistencies were found and repaired:\n")
-        print(f"    {outcome.leaks_fixed} leaked clusters\n    {outcome.corruptions_fixed} corruptions\n")
+        print(f"    {leaks_fixed} leaked clusters\n    {corruptions_fixed} corruptions\n")
         print("Double checking the fixed image now...")
     if last.error is not None:
         sys.stdout.flush()
@@ -132,11 +138,8 @@ def _finish(
         return EXIT_NOT_COMPLETED
     if not args.quiet:
         if args.output == "json":
-            print(
-                json.dumps(
-                    {**facts(where.name, header, outcome), **({} if notes is None else {"repairs": notes})}, indent=4
-                )
-            )
+            found = facts(where.name, header, last, corruptions_fixed, leaks_fixed)
+            print(json.dumps(found if notes is None else {**found, "repairs": notes}, indent=4))
         else:
             print_human(header, last)
     if last.corruptions:
@@ -144,15 +147,16 @@ def _finish(
     return EXIT_LEAKS if last.leaks else EXIT_CLEAN
 
 
-def facts(name: str, header: Header, outcome: Outcome) -> dict[str, Any]:
+def facts(
+    name: str, header: Header, found: ScanResult, corruptions_fixed: int = 0, leaks_fixed: int = 0
+) -> dict[str, Any]:
     """Under qemu-img's JSON names; those that are 0 are left out, as there."""
-    found = outcome.last
     optional = {
         "total-clusters": -(-header.image_size // header.cluster_size),
         "corruptions": found.corruptions,
         "leaks": found.leaks,
-        "corruptions-fixed": outcome.corruptions_fixed,
-        "leaks-fixed": outcome.leaks_fixed,
+        "corruptions-fixed": corruptions_fixed,
+        "leaks-fixed": leaks_fixed,
         "allocated-clusters": found.allocated,
         "fragmented-clusters": found.fragmented,
     }

@@ -142,13 +142,11 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
         return Location(name, rest if protocol == "file" else None, format)
     else:
         return Location(name, name, format)
-    driver = options.get("driver")
-    options.pop("driver", None)
+    driver = options.pop("driver", None)
     if driver == "file":  # a protocol by itself: its bytes are the image
         return Location(name, options.get("filename"), format or "raw")
     format = driver or format
-    path = options.get("file.filename")
-    options.pop("file.filename", None)
+    path = options.pop("file.filename", None)
     plain = options.pop("file.driver", "file") == "file"
     options.pop("file.locking", None)
     if format == "qed" and plain and path is not None and options:

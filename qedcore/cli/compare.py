@@ -121,8 +121,8 @@ class Comparison:
             ) from error
 
     def _flags(self, which: int, pos: int, run: Run) -> tuple[bool, ...]:
-        """What qemu-img compares in strict mode; whether the run is the last one of the device is part of it."""
-        last = pos + run.length == self._images[which].size
+        """What qemu-img compares in strict mode; whether a run is the last one of the device is part of it."""
+        last = run.end or pos + run.length == self._images[which].size
         return run.data, run.zero, run.present or run.short, run.offset is not None, last
 
     def _read(self, which: int, pos: int, n: int) -> memoryview:

@@ -148,7 +148,9 @@ def dump(args: argparse.Namespace, storage: Storage) -> int:
         entries = header.table_size * header.cluster_size // ENTRY
         if not 0 <= index < entries:
             raise RequestError(f"--l2 {index}: the L1 table has entries 0 to {entries - 1}")
-        offset = TableIO(storage).read(l1_offset + index * ENTRY, 1)[0]
+        at = l1_offset + index * ENTRY
+        # Past the end of the file there are zeros; a damaged offset may even be past what a file can have.
+        offset = TableIO(storage).read(at, 1)[0] if at < storage.size() else 0
         rows = table_facts(storage, header, offset, "L2") if offset else []
         tables.append({"index": index, "offset": offset, "entries": rows})
     if tables:

@@ -81,6 +81,10 @@ def populate(where: Path) -> None:
         "chain.qed": ImageSpec(size=3 * MiB // 2, layout="D- --Z", backing="overlay.qed"),
         "sub/top.qed": ImageSpec(size=MiB, layout="--D", backing="base.raw", no_probe=True),
         "deep.qed": ImageSpec(size=MiB, layout=" Z", backing="sub/top.qed"),
+        "last.qed": ImageSpec(size=MiB, layout={15: "data"}),
+        "short.qed": ImageSpec(size=2 * MiB, backing="last.qed"),
+        "void.qed": ImageSpec(size=2 * MiB, backing="empty.qed"),
+        "zeros.qed": ImageSpec(size=2 * MiB, layout={15: "data", **dict.fromkeys(range(16, 32), "zero")}),
         "lost.qed": ImageSpec(size=MiB, backing="missing.raw", no_probe=True),
         "self.qed": ImageSpec(size=MiB, backing="self.qed"),
         "loop1.qed": ImageSpec(size=MiB, backing="loop2.qed"),
@@ -191,7 +195,10 @@ compare -s empty.qed hole.raw
 compare -f raw -F raw plain.qed plain.qed
 compare overlay.qed probed.qed
 compare -s overlay.qed probed.qed
-compare -T none plain.qed same.qed
+compare -s short.qed zeros.qed
+compare -s void.qed zeros.qed
+compare -s short.qed longer.qed
+compare -T unsafe plain.qed same.qed
 compare -U plain.qed same.qed
 compare -T bogus plain.qed same.qed
 compare plain.qed missing.qed
@@ -510,6 +517,14 @@ def test_dump(tmp_path: Path, image: Callable[..., object], qed: Run) -> None:
     assert "not aligned to a cluster" in human and "L2 table 0 at" in human
 
 
+def test_dump_of_offsets_that_no_file_has(tmp_path: Path, image: Callable[..., object], qed: Run) -> None:
+    image("a.qed", header={"l1_table_offset": 2**64 - 8, "cluster_size": 2**32 - 1, "table_size": 2**32 - 1})
+    image("b.qed", l1_entries={0: 2**64 - 8})
+    for name in ("a.qed", "b.qed"):
+        found = qed("dump", "--header", "--l1", "--l2", "0", name, cwd=tmp_path)
+        assert (found.rc, found.err) == (0, "")
+
+
 @pytest.mark.parametrize(
     "name", ["features.qed", "cluster.qed", "table.qed", "l1.qed", "name.qed", "text", "hole.raw"]
 )
@@ -558,7 +573,7 @@ def test_convert(source: str, options: str, both: tuple[Path, Path], qed: Run) -
         "convert -n -O qed small.qed plain.qed",
         "convert -n --target-is-zero -O qed small.qed empty.qed",
         "convert -n -O raw small.qed hole.raw",
-        "convert -O qed -t none -T none -W -m 4 -C chain.qed x.qed",
+        "convert -O qed -t writeback -T unsafe -W -m 4 -C chain.qed x.qed",
         "convert -f raw -O qed -r 1G hole.raw x.qed",
         "convert --image-opts -O qed driver=qed,file.filename=plain.qed x.qed",
         "convert -n --image-opts --target-image-opts file.filename=plain.qed driver=qed,file.filename=late.qed",
@@ -604,6 +619,16 @@ def test_convert_refusals(line: str, shared: Path, qed: Run) -> None:
     found = qed(*words(line), cwd=shared)
     assert (found.rc, found.out, found.err) == (expected.rc, expected.out, as_qed(expected.err))
     assert not (shared / "x.qed").exists()
+
+
+def test_convert_onto_a_shorter_backing_file(both: tuple[Path, Path], qed: Run) -> None:
+    """What that cannot have is copied; qemu-img loses it."""
+    path = both[1]
+    (path / "long.raw").write_bytes((path / "base.raw").read_bytes() + bytes(range(1, 256)) * 1000)
+    build(path / "source.qed", ImageSpec(size=MiB // 2, layout="-D", backing="long.raw", no_probe=True))
+    assert qed("convert", "-O", "qed", "-B", "base.raw", "-F", "raw", "source.qed", "x.qed", cwd=path).rc == 0
+    qemu_img_ok("compare", "source.qed", "x.qed", cwd=path)
+    assert assert_sound(path / "x.qed").allocated < 8
 
 
 def test_convert_other_formats(both: tuple[Path, Path], qed: Run) -> None:

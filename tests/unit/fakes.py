@@ -118,9 +118,7 @@ class Tap:
 class FailAt:
     """Hook: the n-th call (from 1) of those named fails, before or after it was carried out; later ones work."""
 
-    def __init__(
-        self, n: int, names: Iterable[str] = CHANGES, code: int = errno.EIO, late: bool = False
-    ) -> None:
+    def __init__(self, n: int, names: Iterable[str] = CHANGES, code: int = errno.EIO, late: bool = False) -> None:
         self.n = n
         self.names = frozenset(names)
         self.code = code

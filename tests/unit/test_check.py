@@ -157,7 +157,7 @@ DAMAGED: dict[str, tuple[dict[str, Any], list[Bad]]] = {
             "cluster_size": 4096,
             "table_size": 2,
             "size": 2 * 4 * MiB,
-            "layout": {n: "data" for n in range(0, 1024)},
+            "layout": dict.fromkeys(range(1024), "data"),
             "leaks": 3200,
             "l1_entries": {1: 4094 * 4096},
             "entries": {5: 4095 * 4096},
@@ -388,7 +388,9 @@ def test_interrupted_repair_is_repeated(image: Image, tmp_path: Path, name: str,
             # Only the very last steps may have cleared it.
             assert file.need_check or (late and fault.hit.name == "pwrite") or fault.hit.name == "flush"
         repair(victim)
-        if victim.read_bytes() != want:
+        found = victim.read_bytes()
+        # A cleared wild entry no longer says that there may be something to salvage behind it: the tail may go.
+        if found != want and not ("wild" in name and want.startswith(found)):
             wrong.append((n, fault.hit, victim.stat().st_size, len(want)))
     assert n > 2
     assert not wrong

@@ -34,10 +34,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
         f"cluster_size {cs}": ({"cluster_size": cs}, errno.EINVAL, ("cluster size", str(cs)))
         for cs in (0, 512, 2048, 4097, 6144, 128 * MiB, -4096)
     },
-    **{
-        f"table_size {ts}": ({"table_size": ts}, errno.EINVAL, ("table size", str(ts)))
-        for ts in (0, 3, 17, 32, -1)
-    },
+    **{f"table_size {ts}": ({"table_size": ts}, errno.EINVAL, ("table size", str(ts))) for ts in (0, 3, 17, 32, -1)},
     # B7: QEMU makes images that it cannot open
     "name too long": ({"backing_file": "x" * 4096}, errno.EINVAL, ("4096", "4095")),
     "name too long for the header": (
@@ -148,8 +145,6 @@ def test_longest_name_in_the_smallest_header(tmp_path: Path) -> None:
 
 
 # Atomic
-
-
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])

@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.qed_image import ImageSpec, QedFile, build
+
 import qedcore
 from qedcore.errors import CorruptImageError
-from support.qed_image import ImageSpec, QedFile, build
 
 CS = 64 * 1024
 SPAN = 32768 * CS  # guest bytes of one L2 table

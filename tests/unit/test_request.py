@@ -167,7 +167,7 @@ def test_random_requests(
                 lo = max(0, op.pos - 700)
                 n = min(size - lo, op.length + 1400)
                 assert_same(img.pread(n, lo), model.read(lo, n), lo)
-            check_model(model, lambda pos, n: img.pread(n, pos))  # noqa: B023
+            check_model(model, lambda pos, n: img.pread(n, pos))
         assert_sound(built.path)
         with QedFile(built.path) as file:
             check_model(model, file.read)
@@ -246,6 +246,25 @@ def test_buffers(image: Image, kind: Callable[[bytes], Any]) -> None:
         assert buf == bytes(5) + b"world" * 1000 + bytes(5)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("backing", [0, 100, 2 * CS, 2 * CS + 100, MiB])
+def test_every_byte_of_the_buffer_is_set(image: Image, tmp_path: Path, backing: int, layers: int) -> None:
+    """Also where there is nothing below, or the files below are shorter; the caller's buffer is not blank."""
+    (tmp_path / "base.raw").write_bytes(stamp(BASE, 0, backing))
+    base = {"backing": "base.raw", "no_probe": True} if backing else {}
+    built = image("1.qed", layout="--DZ- ", size=8 * CS, **base)
+    if layers == 2:
+        image("2.qed", size=10 * CS, backing="1.qed")
+    with qedcore.open_image(tmp_path / f"{layers}.qed", writable=False) as img:
+        want = built.read(0, 8 * CS, raw_reader(tmp_path / "base.raw") if backing else zeros)
+        want += bytes(img.size - len(want))
+        for pos in (0, 50, CS + 1, 2 * CS, 4 * CS, 7 * CS + 100):
+            for length in (100, CS, 3 * CS, img.size - pos):
+                buf = bytearray(b"\xee" * min(length, img.size - pos))
+                img.pread_into(buf, pos)
+                assert_same(bytes(buf), want[pos : pos + len(buf)], pos)
+
+
 @pytest.mark.parametrize(("mode", "fua", "flushes"), [("writeback", False, 0), ("writeback", True, 1),
                                                       ("writethrough", False, 1)])  # fmt: skip
 def test_fua(image: Image, mode: str, fua: bool, flushes: int) -> None:
@@ -269,9 +288,9 @@ GROW = ("truncate",)
 
 
 def logged(tap: Tap) -> list[tuple[Any, ...]]:
-    out: list[tuple[Any, ...]] = []
-    for call in tap.log:
-        out.append(GROW if call.name == "truncate" else ("pwrite" if call.name == "pwritev" else call.name, *call[1:]))
+    """The changes since the last call; vectored writes as plain ones, growth without its size."""
+    names = {"pwritev": "pwrite"}
+    out = [GROW if call.name == "truncate" else (names.get(call.name, call.name), *call[1:]) for call in tap.log]
     tap.log.clear()
     return out
 
@@ -351,7 +370,8 @@ def test_write_across_two_tables(tapped: Tapped) -> None:
     img.pwrite(b"x" * 2 * CS, 2 * GiB - CS)
     first, second = built.end, built.end + 5 * CS
     assert logged(tap) == [
-        SET, FLUSH, GROW, ("pwrite", first, CS), ("pwrite", first + CS + 4 * CS - 512, 512), FLUSH, ("pwrite", CS, 512),
+        SET, FLUSH, GROW,
+        ("pwrite", first, CS), ("pwrite", first + CS + 4 * CS - 512, 512), FLUSH, ("pwrite", CS, 512),
         ("pwrite", second, CS), ("pwrite", second + CS, 512), FLUSH, ("pwrite", CS, 512),
     ]  # fmt: skip
 

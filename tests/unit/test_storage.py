@@ -316,9 +316,7 @@ def test_partial_pwritev(open_file: Open, monkeypatch: pytest.MonkeyPatch, name:
 
 
 @pytest.mark.parametrize("method", ["pwrite", "pwritev"])
-def test_write_that_moves_nothing_fails(
-    open_any: Open, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+def test_write_that_moves_nothing_fails(open_any: Open, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """Not an endless loop."""
     storage = open_any(bytes(8192))
     shorten(monkeypatch, iter(lambda: 0, None))
@@ -339,9 +337,7 @@ ERRORS: dict[str, list[tuple[Callable[[Any], None], str]]] = {
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EAGAIN, errno.EDQUOT, errno.EFBIG])
 @pytest.mark.parametrize("name", ERRORS)
-def test_errors_carry_errno_and_place(
-    open_any: Open, monkeypatch: pytest.MonkeyPatch, name: str, code: int
-) -> None:
+def test_errors_carry_errno_and_place(open_any: Open, monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
     storage = open_any(bytes(16384))
 
     def fail(*args: object) -> None:

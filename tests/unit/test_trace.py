@@ -16,7 +16,7 @@ from support.qed_image import Built, QedFile, assert_sound
 
 import qedcore
 from qedcore.errors import RequestError, StorageError
-from qedcore.trace import DIALECTS, EVENTS_2010, EVENTS_7_2, FAULT_POINTS, TraceSelection, format_event
+from qedcore.trace import DIALECTS, EVENTS_7_2, EVENTS_2010, FAULT_POINTS, TraceSelection, format_event
 
 ROOT = Path(__file__).resolve().parents[2]
 CS = 64 * KiB
@@ -352,14 +352,15 @@ def test_other_exceptions_of_a_hook_pass(image: Image) -> None:
 @pytest.mark.parametrize(
     ("event", "args", "line"),
     [
-        ("qed_aio_setup", (255, 16, 8, 4, None, 1), "qed_aio_setup s 0xff acb 0x10 sector_num 8 nb_sectors 4 opaque None flags 0x1"),
-        ("qed_aio_complete", (255, 16, -5), "qed_aio_complete s 0xff acb 0x10 ret -5"),
-        ("qed_write_table", (1, 65536, 2, 3, 64), "qed_write_table s 0x1 offset 0x10000 table 0x2 index 3 n 64"),
-        ("qed_aio_write_prefill", (1, 2, 0, 4096, 327680), "qed_aio_write_prefill s 0x1 acb 0x2 start 0x0 len 4096 offset 0x50000"),
+        ("aio_setup", (255, 16, 8, 4, None, 1), "s 0xff acb 0x10 sector_num 8 nb_sectors 4 opaque None flags 0x1"),
+        ("aio_complete", (255, 16, -5), "s 0xff acb 0x10 ret -5"),
+        ("write_table", (1, 65536, 2, 3, 64), "s 0x1 offset 0x10000 table 0x2 index 3 n 64"),
+        ("aio_write_prefill", (1, 2, 0, 4096, 327680), "s 0x1 acb 0x2 start 0x0 len 4096 offset 0x50000"),
     ],
-)  # fmt: skip
+)
 def test_format(event: str, args: tuple[object, ...], line: str) -> None:
-    assert format_event(event, EVENTS_7_2[event], args) == line
+    event = f"qed_{event}"
+    assert format_event(event, EVENTS_7_2[event], args) == f"{event} {line}"
 
 
 # selection -> (dialect, events that are printed)
