@@ -119,6 +119,9 @@ class ClusterMap:
 
     def slice_at(self, pos: int) -> Table | None:
         """The slice that maps pos; None where there is no L2 table.  Raises like lookup."""
+        return self._slice_at(pos)
+
+    def _slice_at(self, pos: int) -> Table | None:
         slice_index = pos >> self.geometry.slice_shift
         table: Table | None = self.cache.slices.get(slice_index)
         if table is not None:
@@ -163,7 +166,7 @@ class ClusterMap:
         After a failed write the slice is read again before its next use (I3).
         """
         geo = self.geometry
-        table = self.slice_at(pos)
+        table = self._slice_at(pos)
         assert table is not None
         index = (pos >> geo.l2_shift) & geo.slice_mask
         try:
@@ -183,13 +186,13 @@ class ClusterMap:
         index = (pos >> geo.l2_shift) & geo.slice_mask
         at = offset + geo.slice_offset(pos)
         if fresh:  # the rest of the table reads as zeros already
-            self.write_l2(at, table, index, entries)
+            self.tables.write(at, table, index, entries)
             table[index : index + len(entries)] = entries
             return table
         table[index : index + len(entries)] = entries
         for part in range(offset, offset + geo.table_bytes, geo.slice_bytes):
             content = table if part == at else empty(geo.slice_entries)
-            self.write_l2(part, content, 0, content)
+            self.tables.write_all(part, content)
         return table
 
     def link_table(self, pos: int, table: Table, offset: int) -> None:

@@ -11,7 +11,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Callable
+from typing import Any
 
 from .alloc import Extent, NeedCheckGate
 from .cluster import FOUND, ClusterMap, Kind
@@ -35,7 +35,7 @@ class Probe:
         self._fault = fault or (lambda event: None)
         self.v5 = dialect == "2010"
         self._numbers = itertools.count(1)
-        self._local = threading.local()  # .acb: the request; .entry: its L2 cache entry
+        self._local = threading.local()  # .acb, .s: request and image; .entry: its L2 entry; .timer: to start
 
     def trace(self, event: str, *args: object) -> None:
         self._trace(event, args)
@@ -51,25 +51,45 @@ class Probe:
         """Number of this thread's request; 0 outside any."""
         return getattr(self._local, "acb", 0)
 
+    def next_io(self, s: int, pos: int) -> None:
+        """The thread's request goes on at pos, if it has one on image `s`: not in an image below."""
+        if s == getattr(self._local, "s", 0):
+            self.trace("qed_aio_next_io", s, self.acb, 0, pos)
+
     @contextmanager
-    def request(self, s: object, pos: int, length: int, flags: int) -> Iterator[None]:
+    def request(self, s: int, pos: int, length: int, flags: int) -> Iterator[None]:
+        self._local.s = s
         self._local.acb = acb = next(self._numbers)
         sectors = -(-(pos + length) // SECTOR) - pos // SECTOR
-        self.trace("qed_aio_setup", id(s), acb, pos // SECTOR, sectors, None, flags & 1 if self.v5 else flags)
+        self.trace("qed_aio_setup", s, acb, pos // SECTOR, sectors, 0, flags & 1 if self.v5 else flags)
         ret = 0
         try:
             yield
+            self.next_io(s, pos + length)
         except QEDError as error:
             ret = -error.errno
             raise
         finally:
-            self.trace("qed_aio_complete", id(s), acb, ret)
+            self.trace("qed_aio_complete", s, acb, ret)
             self.use_entry(None)
-            self._local.acb = 0
+            self._local.s = self._local.acb = 0
+            self.start_timer(0)
+
+    def start_timer(self, s: int) -> None:
+        """The timer of image `s` starts when the thread's request is over; 0: it is."""
+        pending: int = getattr(self._local, "timer", 0)
+        if not s and pending:
+            self.trace("qed_start_need_check_timer", pending)
+        self._local.timer = s
+
+    @property
+    def entry(self) -> Entry | None:
+        """The L2 cache entry that the thread's request uses."""
+        return getattr(self._local, "entry", None)
 
     def use_entry(self, entry: Entry | None) -> None:
         """The thread's request lets go of its L2 cache entry and takes another."""
-        old: Entry | None = getattr(self._local, "entry", None)
+        old = self.entry
         if old is not None:
             old.ref -= 1
             self.trace("qed_unref_l2_cache_entry", id(old), old.ref)
@@ -108,31 +128,32 @@ class TracedCache(_Probed, L2Cache):
         super().__init__(*args)
         self.entries: dict[int, Entry] = {}  # slice index -> Entry, for as long as the image is open
 
-    def read(self, offset: int) -> Table:
-        probe = self.probe
-        probe.trace("qed_alloc_l2_cache_entry", id(self), id(Entry()))
-        probe.fault("l2_load")
-        return traced_read(probe, self, offset, super().read)
-
-    def add(self, index: int, table: Table) -> None:
+    def allocate(self, index: int) -> Entry:
         entry = self.entries[index] = Entry()
         self.probe.trace("qed_alloc_l2_cache_entry", id(self), id(entry))
-        super().add(index, table)
+        return entry
 
-
-def traced_read(probe: Probe, s: object, offset: int, read: Callable[[int], Table]) -> Table:
-    probe.trace("qed_read_table", id(s), offset, 0)
-    try:
-        table = read(offset)
-    except QEDError as error:
-        probe.trace("qed_read_table_cb", id(s), 0, -error.errno)
-        raise
-    probe.trace("qed_read_table_cb", id(s), id(table), 0)
-    return table
+    def read(self, index: int, offset: int) -> Table:
+        probe, s = self.probe, id(self._tables.storage)
+        entry = self.allocate(index)
+        probe.trace("qed_read_table", s, offset, id(entry))
+        ret = 0
+        try:
+            probe.fault("l2_load")
+            return super().read(index, offset)
+        except QEDError as error:
+            ret = -error.errno
+            raise
+        finally:
+            probe.trace("qed_read_table_cb", s, id(entry), ret)
 
 
 class TracedClusterMap(_Probed, ClusterMap):
     cache: TracedCache
+
+    def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
+        self.probe.next_io(id(self.tables.storage), pos)
+        return super().lookup(pos, length)
 
     def slice_at(self, pos: int) -> Table | None:
         probe = self.probe
@@ -141,26 +162,39 @@ class TracedClusterMap(_Probed, ClusterMap):
             probe.use_entry(None)
             return None
         geo = self.geometry
-        entry = self.cache.entries.setdefault(pos >> geo.slice_shift, Entry())
-        offset = self.l1[pos >> geo.l1_shift] + geo.slice_offset(pos)
-        probe.use_entry(entry)
-        probe.trace("qed_find_l2_cache_entry", id(self.cache), id(entry), offset, entry.ref)
-        entry.ref += 1
+        self._find_entry(pos, self.l1[pos >> geo.l1_shift])
         return table
 
+    def _find_entry(self, pos: int, l2_offset: int) -> None:
+        probe, geo = self.probe, self.geometry
+        entry = self.cache.entries[pos >> geo.slice_shift]
+        probe.use_entry(entry)
+        offset = l2_offset + geo.slice_offset(pos)
+        probe.trace("qed_find_l2_cache_entry", id(self.cache), id(entry), offset, entry.ref)
+        entry.ref += 1
+
+    def write_new_table(self, pos: int, entries: Table, offset: int, fresh: bool) -> Table:
+        """One event for the whole table, as in QEMU, whichever parts of it are really written."""
+        entry = self.cache.allocate(pos >> self.geometry.slice_shift)
+        with self._writing("l2_update", offset, id(entry), 0, self.geometry.table_entries, flush=1):
+            return super().write_new_table(pos, entries, offset, fresh)
+
+    def link_table(self, pos: int, table: Table, offset: int) -> None:
+        super().link_table(pos, table, offset)
+        self._find_entry(pos, offset)
+
     def write_l2(self, offset: int, table: Table, index: int, entries: Table) -> None:
-        with self._writing("l2_update", offset, table, index, entries):
+        with self._writing("l2_update", offset, id(self.probe.entry or table), index, len(entries)):
             super().write_l2(offset, table, index, entries)
 
     def write_l1(self, index: int, entries: Table) -> None:
-        with self._writing("l1_update", self.l1_offset, self.l1, index, entries):
+        with self._writing("l1_update", self.l1_offset, id(self.l1), index, len(entries)):
             super().write_l1(index, entries)
 
     @contextmanager
-    def _writing(self, fault: str, offset: int, table: Table, index: int, entries: Table) -> Iterator[None]:
-        probe = self.probe
-        probe.trace("qed_write_table", id(self), offset, id(table), index, len(entries))
-        flush = () if probe.v5 else (int(fault == "l2_update" and not any(table)),)
+    def _writing(self, fault: str, offset: int, table: int, index: int, n: int, flush: int = 0) -> Iterator[None]:
+        probe, s = self.probe, id(self.tables.storage)
+        probe.trace("qed_write_table", s, offset, table, index, n)
         ret = 0
         try:
             probe.fault(fault)
@@ -169,28 +203,28 @@ class TracedClusterMap(_Probed, ClusterMap):
             ret = -error.errno
             raise
         finally:
-            probe.trace("qed_write_table_cb", id(self), id(table), *flush, ret)
+            probe.trace("qed_write_table_cb", s, table, *(() if probe.v5 else (flush,)), ret)
 
 
 class TracedGate(_Probed, NeedCheckGate):
     def __enter__(self) -> None:
-        self.probe.trace("qed_cancel_need_check_timer", id(self))
+        self.probe.trace("qed_cancel_need_check_timer", id(self._storage))
         super().__enter__()
 
     def __exit__(self, *args: object) -> None:
         super().__exit__(*args)
         if not self._in_flight:
-            self.probe.trace("qed_start_need_check_timer", id(self))
+            self.probe.start_timer(id(self._storage))
 
     def clear(self, idle: float = 0.0) -> bool:
         if idle:
-            self.probe.trace("qed_need_check_timer_cb", id(self))
+            self.probe.trace("qed_need_check_timer_cb", id(self._storage))
         return super().clear(idle)
 
 
 class TracedRequests(_Probed, Requests):
     def pread_into(self, buf: WriteBuffer, pos: int) -> None:
-        with self.probe.request(self, pos, len(buf), 0):
+        with self.probe.request(id(self._storage), pos, len(buf), 0):
             self.read(buf, pos)
 
     def _cluster_offset(self, offset: int, pos: int) -> int:
@@ -199,9 +233,8 @@ class TracedRequests(_Probed, Requests):
 
     def read_run(self, kind: Kind, offset: int, view: memoryview, pos: int) -> None:
         probe = self.probe
-        probe.trace("qed_aio_next_io", id(self), probe.acb, 0, pos)
         shown = self._cluster_offset(offset, pos)
-        probe.trace("qed_aio_read_data", id(self), probe.acb, int(kind), shown, len(view))
+        probe.trace("qed_aio_read_data", id(self._storage), probe.acb, int(kind), shown, len(view))
         super().read_run(kind, offset, view, pos)
 
     def read_data(self, offset: int, view: memoryview) -> None:
@@ -216,14 +249,14 @@ class TracedRequests(_Probed, Requests):
 class TracedWritableRequests(TracedRequests, WritableRequests):
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:
         probe = self.probe
-        with probe.request(self, pos, len(buf), _WRITE):
+        with probe.request(id(self._storage), pos, len(buf), _WRITE):
             probe.fault("pwritev")
             self.write(buf, pos)
             probe.fault("pwritev_done")
 
     def zero(self, pos: int, length: int) -> None:
         probe = self.probe
-        with probe.request(self, pos, length, _WRITE | _ZERO):
+        with probe.request(id(self._storage), pos, length, _WRITE | _ZERO):
             probe.fault("pwritev_zero")
             super().zero(pos, length)
             probe.fault("pwritev_done")
@@ -234,9 +267,8 @@ class TracedWritableRequests(TracedRequests, WritableRequests):
 
     def _next_write(self, kind: Kind, offset: int, view: memoryview, pos: int) -> None:
         probe = self.probe
-        probe.trace("qed_aio_next_io", id(self), probe.acb, 0, pos)
         cluster = offset - (pos & self._cluster_mask) if kind is FOUND else 0
-        probe.trace("qed_aio_write_data", id(self), probe.acb, int(kind), cluster, len(view))
+        probe.trace("qed_aio_write_data", id(self._storage), probe.acb, int(kind), cluster, len(view))
 
     def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> None:
         self._next_write(kind, 0, view, pos)  # looked up again
@@ -244,13 +276,13 @@ class TracedWritableRequests(TracedRequests, WritableRequests):
 
     def prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
         probe = self.probe
-        probe.trace("qed_aio_write_prefill", id(self), probe.acb, pos, length, extent.offset)
+        probe.trace("qed_aio_write_prefill", id(self._storage), probe.acb, pos, length, extent.offset)
         return super().prefill(kind, pos, length, extent)
 
     def postfill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
         probe = self.probe
         offset = extent.offset + (extent.n << self._l2_shift) - length
-        probe.trace("qed_aio_write_postfill", id(self), probe.acb, pos, length, offset)
+        probe.trace("qed_aio_write_postfill", id(self._storage), probe.acb, pos, length, offset)
         return super().postfill(kind, pos, length, extent)
 
     def write_data(self, offset: int, view: memoryview) -> None:
@@ -266,7 +298,7 @@ class TracedWritableRequests(TracedRequests, WritableRequests):
     def _announce_write(self, offset: int, view: memoryview) -> None:
         probe = self.probe
         shown = offset & ~self._cluster_mask if probe.v5 else offset
-        probe.trace("qed_aio_write_main", id(self), probe.acb, 0, shown, len(view))
+        probe.trace("qed_aio_write_main", id(self._storage), probe.acb, 0, shown, len(view))
         probe.fault("write_aio")
 
 

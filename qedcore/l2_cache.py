@@ -56,7 +56,7 @@ class L2Cache:
                     break
             loading.wait()  # if that load fails, try ourselves: its error is the other request's
         try:
-            table = self.read(offset)
+            table = self.read(index, offset)
             self.screen(index, table)
             with self._lock:
                 self._insert(index, table)
@@ -66,7 +66,7 @@ class L2Cache:
                 del self._loading[index]
             mine.set()
 
-    def read(self, offset: int) -> Table:
+    def read(self, index: int, offset: int) -> Table:
         return self._tables.read(offset, self._slice_entries)
 
     def add(self, index: int, table: Table) -> None:

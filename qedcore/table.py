@@ -35,12 +35,12 @@ class TableIO:
     """Reads and writes parts of tables."""
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+        self.storage = storage
 
     def read(self, offset: int, entries: int) -> Table:
         """`entries` entries from file offset `offset`.  Raises StorageError."""
         table = empty(entries)
-        self._storage.pread_into(memoryview(table).cast("B"), offset)
+        self.storage.pread_into(memoryview(table).cast("B"), offset)
         if _SWAP:
             table.byteswap()
         return table
@@ -61,4 +61,4 @@ class TableIO:
         if _SWAP:
             table = table[:]
             table.byteswap()
-        self._storage.pwrite(memoryview(table).cast("B"), offset)
+        self.storage.pwrite(memoryview(table).cast("B"), offset)

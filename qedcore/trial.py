@@ -66,8 +66,8 @@ def raw_header(storage: Storage) -> Header:
     return Header.unpack(bytes(data))
 
 
-def fit(storage: Storage, header: Header) -> Fit | None:
-    """`header` with what it leaves unexplained, if it agrees with the tables."""
+def fit(storage: Storage, header: Header, present: bool = False) -> Fit | None:
+    """`header` with what it leaves unexplained, if it agrees with the tables; `present`: it is the one in the file."""
     wrong = 0
 
     def report(damage: Damage) -> None:
@@ -86,7 +86,8 @@ def fit(storage: Storage, header: Header) -> Fit | None:
         return None
     if found.check_errors or not found.allocated:
         return None
-    if found.mapped_end > round_up(header.image_size, header.cluster_size):
+    # Legal, but unlikely: no reason to doubt a header, but none to invent it.
+    if not present and found.mapped_end > round_up(header.image_size, header.cluster_size):
         return None
     unused = scan.use.clusters - scan.use.count()
     return Fit(header, (unused + found.corruptions - wrong) * geometry.cluster_size + wrong * ENTRY, found)
@@ -113,7 +114,8 @@ def prove(storage: Storage) -> Fit | None:
 def best_fit(storage: Storage, header: Header) -> Fit | None:
     """The one header like `header` that the file proves."""
     header = replace(header, magic=MAGIC)
-    fits = _fitting(storage, _candidates(storage, header)) or _fitting(storage, _other_l1_tables(storage, header))
+    fits = _fitting(storage, header, _candidates(storage, header))
+    fits = fits or _fitting(storage, header, _other_l1_tables(storage, header))
     if len(fits) > 1 and fits[1].unexplained < max(fits[0].unexplained * _CLEARLY, 1):
         return None
     if not fits or (fits[0].header != header and fits[0].found.allocated <= 2 * fits[0].found.corruptions):
@@ -121,9 +123,10 @@ def best_fit(storage: Storage, header: Header) -> Fit | None:
     return fits[0]
 
 
-def _fitting(storage: Storage, candidates: Iterator[Header]) -> list[Fit]:
+def _fitting(storage: Storage, header: Header, candidates: Iterator[Header]) -> list[Fit]:
     """Those that fit, the best one first."""
-    fits = [found for found in (fit(storage, candidate) for candidate in set(candidates)) if found]
+    tried = (fit(storage, candidate, candidate == header) for candidate in set(candidates))
+    fits = [found for found in tried if found is not None]
     return sorted(fits, key=lambda found: found.unexplained)
 
 
@@ -167,7 +170,7 @@ def _header_sizes(storage: Storage, header: Header, geometry: Geometry) -> Itera
     bounds = Bounds(geometry, 1, storage.size())
     try:
         scan = Scan(storage, geometry, bounds, header.l1_table_offset)
-        scan.run(limit=1)
+        scan.run()
     except QEDError:
         return
     first = scan.use.next_used(1)

@@ -84,10 +84,10 @@ DAMAGED: dict[str, tuple[dict[str, Any], int, int, Sequence[int]]] = {
     "table twice, past the end": ({**TWO, "l1_entries": {7: lambda b: b.l2_offsets[0]}}, 2, 0, ()),
     "tables overlap": ({**TWO, "l1_entries": {2: lambda b: b.l2_offsets[0] + CS}}, 2, 0, range(2 * E, 3 * E)),
     "table on a table and on data": (  # half of it looks like a table; the other half must not be written to
-        {**TWO, "layout": {**TWO["layout"], 700: "data"}, "l1_entries": {2: lambda b: b.l2_offsets[0] + CS}},
+        {**TWO, "l1_entries": {0: lambda b: b.l2_offsets[1] - CS}},
         -1,
-        0,
-        range(2 * E, 3 * E),
+        -1,
+        range(E),
     ),
     "table on data": ({**TWO, "l1_entries": {2: lambda b: b.offsets[0]}}, -1, 0, range(2 * E, 3 * E)),
     "table on the L1 table": ({**TWO, "l1_entries": {2: CS}}, 2, 0, range(2 * E, 3 * E)),
@@ -185,7 +185,7 @@ def test_damage_is_counted(image: Image, name: str, vectors: bool) -> None:
     before = built.path.read_bytes()
     found, said, used = scan(FileStorage(built.path, False), vectors)
     assert found.corruptions == corruptions or (corruptions < 0 and found.corruptions > 0)
-    assert found.leaks == leaks
+    assert found.leaks == leaks or (leaks < 0 and found.leaks > 0)
     assert bool(said) is bool(corruptions)
     assert (found, said, used) == scan(FileStorage(built.path, False), None)
     assert built.path.read_bytes() == before
