@@ -12,6 +12,7 @@ import sys
 import syslog
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import nbdkit
@@ -22,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(SCRIPT)))
 
 from qedcore import __version__  # noqa: E402
 from qedcore.cluster import ZERO  # noqa: E402
-from qedcore.errors import QEDError  # noqa: E402
+from qedcore.errors import QEDError, StorageError  # noqa: E402
 from qedcore.shared import SharedImage  # noqa: E402
 from qedcore.thread_state import ThreadStates  # noqa: E402
 
@@ -42,13 +43,20 @@ this_thread = threads.this_thread
 
 def log(line: str) -> None:
     """A notice for the operator: to standard error, or to syslog when nbdkit has put that away."""
-    if stat.S_ISCHR(os.fstat(2).st_mode) and os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev:
-        syslog.syslog(line)
-    else:
-        print(f"qed: {line}", file=sys.stderr, flush=True)
+    line = printable(line)
+    with suppress(OSError, ValueError):  # nobody listens: no reason to fail a request
+        if stat.S_ISCHR(os.fstat(2).st_mode) and os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev:
+            syslog.syslog(line)
+        else:
+            print(f"qed: {line}", file=sys.stderr, flush=True)
 
 
-shared = SharedImage(log, nbdkit.debug)
+def printable(text: str) -> str:
+    """One line of valid UTF-8, whatever bytes a file name has: nbdkit 1.32 crashes on anything that is not."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+shared = SharedImage(log, lambda line: nbdkit.debug(printable(line)))
 
 
 _format_traceback = traceback.format_exception
@@ -58,10 +66,11 @@ def _format_exception(*args: Any, **kwargs: Any) -> list[str]:
     """What nbdkit logs of an exception: expected errors are one line, a traceback is for bugs."""
     error = args[1] if len(args) > 1 else args[0]
     if not isinstance(error, QEDError):
-        return _format_traceback(*args, **kwargs)
+        lines = _format_traceback(*args, **kwargs)
+        return [line.encode("utf-8", "backslashreplace").decode() for line in lines]
     # nbdkit 1.32 never frees the exception: at least do not keep the request's buffers with it.
     traceback.clear_frames(args[2] if len(args) > 2 else None)
-    return [str(error)]
+    return [printable(str(error))]
 
 
 traceback.format_exception = _format_exception
@@ -70,6 +79,8 @@ traceback.format_exception = _format_exception
 def fail(error: BaseException) -> NoReturn:
     """Answer the request with the error's errno."""
     code = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    if isinstance(error, StorageError) and code == errno.EINVAL:
+        code = errno.EIO  # not the client's fault
     nbdkit.set_error(code if code in _CLIENT_ERRNOS else errno.EIO)
     raise error
 
@@ -179,7 +190,7 @@ def extents(h: SharedImage, length: int, pos: int, flags: int) -> Iterable[tuple
     hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
     found = []
     try:
-        for n, kind in h.image.extents(pos, length):
+        for n, kind in h.image.extents(pos, length, bool(flags & nbdkit.FLAG_REQ_ONE)):
             found.append((pos, n, hole if kind is ZERO else 0))
             pos += n
     except BaseException as error:

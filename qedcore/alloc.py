@@ -75,7 +75,9 @@ class Allocator:
     def _grow(self, end: int, wanted: int) -> None:
         if not self._grown and self._storage.size() > end:
             # A partial last cluster holds leftovers of an interrupted append: let it read as zeros (I1).
+            # Durable before anything is linked there: else the leftovers might come back, as a guest's data.
             self._storage.truncate(end)
+            self._storage.flush()
         try:
             self._storage.truncate(wanted + GROWTH_STEP)
             self._grown = wanted + GROWTH_STEP

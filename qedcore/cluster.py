@@ -3,19 +3,19 @@
 I1. Entries are published (stored in memory) only when they are on disk, so lookups take no lock.
 I2. L1 entries are changed under the L1 lock and the lock of their L2 table, L2 entries under the latter.
 I3. A table whose last write failed is read again before it is believed: what is on disk decides.
-I4. An entry that pointed past the end of the file when the image was opened stays invalid for ever, also when the
-    file grows over that place: its lowest bit is set as it is read.  Else a write to the new cluster would show up
-    at the old entry's position, too.
+I4. Once the image may grow, every table that is read is screened for entries past the end (past_end.py).
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 from .errors import CorruptImageError, StorageError
 from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from .l2_cache import L2Cache
 from .locks import KeyedLocks, Rank, ranked_lock
+from .past_end import PastEnd
 from .table import Table, TableIO, empty
 
 
@@ -47,41 +47,20 @@ class ClusterMap:
         self.l1_lock = ranked_lock(Rank.L1)
         self.table_locks = KeyedLocks(Rank.L2_TABLE)  # keyed by L1 index: a missing table has no offset yet
         self._doubtful_l1: set[int] = set()  # indexes whose last write failed (I3)
-        self._first_end = bounds.end  # bytes: the end of the file before it grew (I4)
-        # slice index -> entries that point past _first_end; for the slices of tables older than that, once read
-        self._past_end: dict[int, list[int]] = {}
-        self._past_end_l1: set[int] = set()
 
     def reload(self) -> None:
         """Read the tables again, after a repair on disk.  No request is in flight."""
         self.l1 = self.tables.read(self.l1_offset, len(self.l1))
         self.cache.clear()
 
-    def expect_growth(self) -> None:
-        """The image becomes writable: from now on tables are read with care (I4)."""
-        self._first_end = self.bounds.end
-        self._past_end.clear()
-        self.cache.screen = self._screen
-        self._past_end_l1.clear()
-        last = self._first_end - self.geometry.table_bytes
-        for index, offset in enumerate(self.l1):
-            if offset > max(last, 0) and not offset & self.geometry.cluster_mask:
-                self.l1[index] |= 1
-                self._past_end_l1.add(index)
-
-    def _screen(self, slice_index: int, table: Table) -> None:
-        """Invalidate entries of a slice, just read, that pointed past the end (I4)."""
-        past_end = self._past_end.get(slice_index)
-        if past_end is None:
-            if self.l1[(slice_index << self.geometry.slice_shift) >> self.geometry.l1_shift] >= self._first_end:
-                return  # a table of our own making
-            past_end = []
-            if max(table) >= self._first_end:
-                mask = self.geometry.cluster_mask
-                past_end = [i for i, entry in enumerate(table) if entry >= self._first_end and not entry & mask]
-            self._past_end[slice_index] = past_end
-        for index in past_end:
-            table[index] |= 1
+    def expect_growth(self, log: Callable[[str], None]) -> None:
+        """The image becomes writable: screen tables from now on (I4).  Raises StorageError."""
+        past_end = PastEnd(self.tables, self.geometry, self.bounds, log)
+        past_end.screen_l1(self.l1, self.l1_offset)
+        to_l1 = self.geometry.l1_shift - self.geometry.slice_shift
+        self.cache.screen = lambda index, table, offset: past_end.screen_slice(
+            index, table, offset, self.l1[index >> to_l1]
+        )
 
     def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
         """The run at pos: (kind, file offset of pos's byte or 0, bytes up to `length`).  length > 0.
@@ -139,8 +118,6 @@ class ClusterMap:
             self._read_l1_again(index)
         offset = self.l1[index]
         if offset and not self.bounds.valid_table(offset):
-            if index in self._past_end_l1:
-                offset &= ~1  # as it is on disk
             raise CorruptImageError(
                 f"L1 entry {index} at {self.l1_offset + index * ENTRY:#x} points to {offset:#x}: "
                 f"not a table on clusters from {self.bounds.start:#x} to {self.bounds.end:#x}"
@@ -151,8 +128,6 @@ class ClusterMap:
         if self.bounds.valid_cluster(offset):
             return
         geo = self.geometry
-        if (pos >> geo.l2_shift) & geo.slice_mask in self._past_end.get(pos >> geo.slice_shift, ()):
-            offset &= ~1  # as it is on disk
         index = (pos >> geo.l2_shift) & (geo.table_entries - 1)
         at = self.l1[pos >> geo.l1_shift] + index * ENTRY
         raise CorruptImageError(

@@ -14,7 +14,7 @@ from typing import Callable, NamedTuple
 from .alloc import Allocator, NeedCheckGate
 from .check import repair_after_crash
 from .cluster import ClusterMap, Kind
-from .errors import ImageFormatError, QEDError, ReadOnlyError
+from .errors import ImageFormatError, QEDError, ReadOnlyError, ShutdownError
 from .geometry import Bounds, Geometry, MiB
 from .header import Header, HeaderUpdater, read_backing_name, read_header
 from .l2_cache import L2Cache
@@ -23,6 +23,7 @@ from .request import ClosedRequests, Requests, Source, WritableRequests
 from .storage import ReadBuffer, Storage, WriteBuffer
 from .table import TableIO
 
+_MAX_LINES = 20  # of a repair, in the log
 DEFAULT_L2_CACHE = 8 * MiB  # bytes: the tables of 64 GiB at the default geometry
 
 
@@ -48,6 +49,7 @@ class Metadata(NamedTuple):
     clusters: ClusterMap
     requests: WritableRequests
     allocator: Allocator | None = None  # of an open image
+    log: Callable[[str], None] = lambda line: None
 
     def reload(self) -> None:
         """The tables have changed on disk, or the device's size has: read them again."""
@@ -55,7 +57,7 @@ class Metadata(NamedTuple):
         clusters.l1_offset = header.l1_table_offset
         clusters.l1 = self.tables.read(clusters.l1_offset, self.geometry.l1_entries(self.requests.size))
         clusters.cache.clear()
-        clusters.expect_growth()
+        clusters.expect_growth(self.log)
 
 
 class QEDImage:
@@ -122,15 +124,17 @@ class QEDImage:
             self._log(f"{self.storage.name}: cleared autoclear features of another program")
         if self.header.need_check:
             self._repair(self._gate)
-        self._clusters.expect_growth()
+        self._clusters.expect_growth(self._log)
 
     def _repair(self, gate: NeedCheckGate) -> None:
         whole, report = repair_after_crash(self.storage, self._header, self._tables, self.geometry, self._bounds)
         self._clusters.reload()
         name = self.storage.name
         self._log(f"{name}: was not closed cleanly: checked, findings: {len(report) or 'none'}")
-        for line in report:
+        for line in report[:_MAX_LINES]:
             self._log(f"{name}: {line}")
+        if len(report) > _MAX_LINES:
+            self._log(f"{name}: and {len(report) - _MAX_LINES} more")
         if whole:
             gate.settled()
         else:
@@ -143,6 +147,7 @@ class QEDImage:
 
         NEED_CHECK is durable before and stays after an error, so that the next writable open repairs.
         """
+        self._check_open()
         if self._gate is None or not isinstance(self._requests, WritableRequests):
             raise ReadOnlyError(f"{self.storage.name} was opened read-only")
         metadata = Metadata(
@@ -154,6 +159,7 @@ class QEDImage:
             self._clusters,
             self._requests,
             self._allocator,
+            self._log,
         )
         with self._gate:
             try:
@@ -169,7 +175,9 @@ class QEDImage:
             self._gate.start_timer(lambda error: self._log(str(error)))
 
     def pread_into(self, buf: WriteBuffer, pos: int) -> None:
-        """Fill `buf` (bytes, writable) from guest position `pos`."""
+        """Fill `buf` (a writable buffer of bytes) from guest position `pos`."""
+        if getattr(buf, "itemsize", 1) != 1:
+            buf = memoryview(buf).cast("B")
         self._requests.pread_into(buf, pos)
 
     def pread(self, length: int, pos: int) -> bytes:
@@ -179,7 +187,9 @@ class QEDImage:
         return bytes(buf)
 
     def pwrite(self, buf: ReadBuffer, pos: int, fua: bool = False) -> None:
-        """Write `buf` (bytes) to guest position `pos`; with `fua` it is on stable storage on return."""
+        """Write `buf` (a buffer of bytes) to guest position `pos`; with `fua` it is on stable storage on return."""
+        if getattr(buf, "itemsize", 1) != 1:
+            buf = memoryview(buf).cast("B")
         self._requests.pwrite(buf, pos)
         if fua or self._writethrough:
             self.storage.flush()
@@ -196,14 +206,16 @@ class QEDImage:
 
     def flush(self) -> None:
         """Everything completed before this call is on stable storage on return."""
+        self._check_open()
         self.storage.flush()
 
-    def extents(self, pos: int, length: int) -> list[tuple[int, Kind]]:
-        """(bytes, FOUND or ZERO) of the runs of a range, through the whole backing chain."""
-        return self._requests.extents(pos, length)
+    def extents(self, pos: int, length: int, one: bool = False) -> list[tuple[int, Kind]]:
+        """(bytes, FOUND or ZERO) of the runs of a range, through the whole chain; with `one` only the first."""
+        return self._requests.extents(pos, length, one)
 
     def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
         """The run at pos in this image alone (Source, ClusterMap.lookup)."""
+        self._check_open()
         return self._clusters.lookup(pos, length)
 
     def close(self) -> None:
@@ -220,18 +232,26 @@ class QEDImage:
             if self._gate is not None:
                 self._gate.close()
                 self.storage.flush()
+                if self.header.need_check:
+                    self._log(f"{self.storage.name}: NEED_CHECK stays set, for the next writable open to repair")
         finally:
             layer: Source | None = self
             while layer is not None:
                 layer.storage.close()
                 layer = layer.backing
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ShutdownError(f"{self.storage.name} was closed")
+
     def __enter__(self) -> QEDImage:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:  # the first error is the one to tell
+            self._log = lambda line: None
         try:
             self.close()
         except QEDError:
-            if kind is None:  # else the first error is the one to tell
+            if kind is None:
                 raise

@@ -32,7 +32,8 @@ class L2Cache:
         self._lock = ranked_lock(Rank.CACHE)
         self.slices: OrderedDict[int, Table] = OrderedDict()  # oldest use first
         self._alive: WeakValueDictionary[int, Table] = WeakValueDictionary()  # every slice that anybody holds (I2)
-        self.screen: Callable[[int, Table], None] = lambda index, table: None  # sees each slice that was read
+        # called with the index, the table and its file offset for each slice that was read
+        self.screen: Callable[[int, Table, int], None] = lambda index, table, offset: None
         self._loading: dict[int, threading.Event] = {}  # slice index -> set when its load is over
 
     def touch(self, index: int) -> None:
@@ -57,7 +58,7 @@ class L2Cache:
             loading.wait()  # if that load fails, try ourselves: its error is the other request's
         try:
             table = self.read(index, offset)
-            self.screen(index, table)
+            self.screen(index, table, offset)
             with self._lock:
                 self._insert(index, table)
             return table

@@ -39,8 +39,9 @@ from .trial import Fit, prove, raw_header, shape_of
 KEPT = 16  # in ClusterUse.map: of a table that stays where it is
 _COPY_STEP = 4 * MiB  # bytes copied with one read and one write
 _BATCH = 64 * MiB  # bytes copied between flushes
+_ROUNDS = 4  # more of the same, at most; one has always been enough
 _FEW = 1000  # lost L1 entries of which a list is made
-_WRONG_L1_ENTRIES = 8  # fewer may be damage, without one that is right
+_WRONG_L1_ENTRIES = 8  # no more may be damage, if none is right
 
 _NOBODY: Any = None  # in the place of what an open image has
 
@@ -143,6 +144,14 @@ class Repair:
         if scan.result.corruptions and everything:
             self._refuse_wrong_l1_table()
             scan = self._correct(scan, damaged)
+            for _ in range(_ROUNDS):
+                # A table that another one overlapped may stay where it is once the other was moved; its own damage
+                # comes to light only then.
+                if not scan.result.corruptions:
+                    break
+                damaged.clear()
+                self._bounds = self._bounds_now()  # with the copies
+                scan = self._correct(self._scan(lambda damage: self._note(damage, damaged)), damaged)
         if scan.result.corruptions:
             if scan.result.leaks:
                 self._say("leaked clusters are left alone: they may hold what a damaged entry meant")
@@ -190,6 +199,12 @@ class Repair:
         proven = prove(self._storage)
         if proven is None or proven.header == self._header.header:
             return False
+        if 0 < found.corruptions <= proven.found.corruptions:
+            # Less is unused then, but no fewer entries are wrong.  The wrong choice would lose half of the image.
+            raise ImageFormatError(
+                f"{'; '.join(proven.changes(self._header.header))}; but other damage makes that uncertain, "
+                f"so nothing was changed: try qed salvage"
+            )
         if not everything:
             raise ImageFormatError(f"{'; '.join(proven.changes(self._header.header))}: use -r all")
         correct_header(self._storage, self._header.header, proven, self._say)
@@ -197,16 +212,15 @@ class Repair:
         return True
 
     def _refuse_wrong_l1_table(self) -> None:
-        """Raise ImageFormatError if no entry of the L1 table is possible: what is there is something else."""
-        wrong = 0
+        """Raise ImageFormatError if the L1 table is mostly garbage: then something else is there."""
+        right = wrong = 0
         for _, offset in self._l1_entries():
-            if self._bounds.valid_table(offset):
-                return
-            wrong += 1
-        if wrong > _WRONG_L1_ENTRIES:
+            valid = self._bounds.valid_table(offset)
+            right, wrong = right + valid, wrong + (not valid)
+        if wrong > (right + SECTOR // ENTRY if right else _WRONG_L1_ENTRIES):  # one sector may be damaged
             raise ImageFormatError(
-                f"QED table offset is invalid: none of the {wrong} entries at "
-                f"{self._header.header.l1_table_offset:#x} can be right, so nothing was changed: try qed salvage"
+                f"QED table offset is invalid: {wrong} of {right + wrong} entries at "
+                f"{self._header.header.l1_table_offset:#x} are impossible, so nothing was changed: try qed salvage"
             )
 
     # -- 2 to 4: entries, tables, data ---------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from .geometry import ZERO_CLUSTER, MiB
 from .storage import ReadBuffer, Storage, WriteBuffer
 from .table import Table, contiguous
 
-_ZEROS = bytes(MiB)  # what zeros are written from, without allocating each time
+_ZEROS = bytes(MiB)  # what zeros are written from; also the most that is filled in one piece
 
 
 class Source(Protocol):
@@ -134,7 +134,7 @@ class Requests:
         """Read what is below the image."""
         read_chain(self.backing, view, pos)
 
-    def extents(self, pos: int, length: int) -> list[tuple[int, Kind]]:
+    def extents(self, pos: int, length: int, one: bool) -> list[tuple[int, Kind]]:
         """(bytes, FOUND or ZERO) of the runs of a range, through the whole chain; neighbours of a kind are joined."""
         self._check_range(pos, length)
         found: list[tuple[int, Kind]] = []
@@ -147,6 +147,8 @@ class Requests:
             if found and found[-1][1] is kind:
                 n_before, _ = found.pop()
                 found.append((n_before + n, kind))
+            elif found and one:
+                break
             else:
                 found.append((n, kind))
             pos += n
@@ -227,12 +229,24 @@ class WritableRequests(Requests):
         self._link(kind, pos, contiguous(extent.offset, n, geo.cluster_size), extent)
 
     def prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
-        """The bytes of the first cluster before the request."""
-        return self._fill(kind, pos, length, extent)
+        """The bytes of the first cluster before the request, from pos on: those to be written with the data."""
+        early = max(length - len(_ZEROS), 0)
+        self._write_fill(kind, pos, early, extent, extent.offset)
+        return self._fill(kind, pos + early, length - early, extent)
 
     def postfill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
-        """The bytes of the last cluster after the request."""
-        return self._fill(kind, pos, length, extent)
+        """The bytes of the last cluster after the request, from pos on: those to be written with the data."""
+        late = max(length - len(_ZEROS), 0)
+        end = extent.offset + (extent.n << self._l2_shift)
+        self._write_fill(kind, pos + length - late, late, extent, end - late)
+        return self._fill(kind, pos, length - late, extent)
+
+    def _write_fill(self, kind: Kind, pos: int, length: int, extent: Extent, offset: int) -> None:
+        """Write a long fill in pieces: a cluster may be larger than what a request should hold in memory."""
+        for done in range(0, length, len(_ZEROS)):
+            data = self._fill(kind, pos + done, min(len(_ZEROS), length - done), extent)
+            if data:
+                self._storage.pwrite(data, offset + done)
 
     def _fill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
         """What belongs at guest positions [pos, pos + length); nothing when that is in the file already."""
@@ -351,4 +365,7 @@ class ClosedRequests(Requests):
         self._check_range(pos, len(buf))
 
     def zero(self, pos: int, length: int) -> None:
+        self._check_range(pos, length)
+
+    def add_zero_clusters(self, pos: int, length: int) -> None:
         self._check_range(pos, length)

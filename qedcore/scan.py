@@ -425,8 +425,8 @@ class Scan:
             mapped = i
             valid = bounds.valid_cluster(entry)
             if quiet:
-                if valid and not use.map[entry >> shift] & _USE:
-                    use.claim(entry >> shift, DATA)
+                if valid:  # also on a table: it must be known that data is there
+                    use.map[entry >> shift] |= DATA
                 continue
             result.allocated += 1
             if entry != self._expected:

@@ -82,13 +82,19 @@ class SharedImage:
             if readonly or self.image.writable:
                 return
             image = self._open(writable=True)
-            image.start_timer()
+            try:
+                image.start_timer()
+            except BaseException:
+                image.close()
+                raise
             self._retired, self.image = self.image, image
 
     def close(self) -> None:
         """Close cleanly.  No requests are in flight.  Raises QEDError."""
         with self._lock:
-            if self._retired is not None:
-                self._retired.close()
-            if hasattr(self, "image"):
-                self.image.close()
+            try:
+                if hasattr(self, "image"):
+                    self.image.close()
+            finally:
+                if self._retired is not None:
+                    self._retired.close()

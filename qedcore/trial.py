@@ -36,6 +36,7 @@ from .table import TableIO
 
 _CLEARLY = 4  # the best candidate leaves this many times less unexplained than any other
 _IMPOSSIBLE = 8  # one in so many entries of a table may be damaged
+_SEVERAL = 2  # entries into the header area
 _TOLERATED = 1 << 16  # corruptions: besides the header, there may be other damage
 _FIELDS = ("magic", "cluster_size", "table_size", "header_size", "l1_table_offset", "image_size")
 
@@ -49,6 +50,11 @@ class Fit(NamedTuple):
     header: Header
     unexplained: int  # bytes: clusters that nothing refers to, or more than one entry; entries that are impossible
     found: ScanResult
+
+    @property
+    def sensible(self) -> bool:
+        """Something is right."""
+        return self.found.allocated > self.found.corruptions
 
     def changes(self, before: Header) -> list[str]:
         """What is different, for people."""
@@ -67,12 +73,13 @@ def raw_header(storage: Storage) -> Header:
 
 
 def fit(storage: Storage, header: Header, present: bool = False) -> Fit | None:
-    """`header` with what it leaves unexplained, if it agrees with the tables; `present`: it is the one in the file."""
+    """`header` with what it leaves unexplained, if it agrees with the tables; `present`: the file has this one."""
     wrong = 0
 
     def report(damage: Damage) -> None:
         nonlocal wrong
-        wrong += not damage.shared
+        in_header = 0 < damage.value < bounds.start and not damage.value & geometry.cluster_mask
+        wrong += not damage.shared and not in_header  # those two are about whole clusters
 
     try:
         geometry = Geometry(header.cluster_size, header.table_size)
@@ -115,10 +122,11 @@ def best_fit(storage: Storage, header: Header) -> Fit | None:
     """The one header like `header` that the file proves."""
     header = replace(header, magic=MAGIC)
     fits = _fitting(storage, header, _candidates(storage, header))
-    fits = fits or _fitting(storage, header, _other_l1_tables(storage, header))
+    if not any(found.sensible for found in fits):
+        fits = sorted(fits + _fitting(storage, header, _other_l1_tables(storage, header)), key=_cost)
     if len(fits) > 1 and fits[1].unexplained < max(fits[0].unexplained * _CLEARLY, 1):
         return None
-    if not fits or (fits[0].header != header and fits[0].found.allocated <= 2 * fits[0].found.corruptions):
+    if not fits or (fits[0].header != header and not fits[0].sensible):
         return None
     return fits[0]
 
@@ -127,7 +135,11 @@ def _fitting(storage: Storage, header: Header, candidates: Iterator[Header]) -> 
     """Those that fit, the best one first."""
     tried = (fit(storage, candidate, candidate == header) for candidate in set(candidates))
     fits = [found for found in tried if found is not None]
-    return sorted(fits, key=lambda found: found.unexplained)
+    return sorted(fits, key=_cost)
+
+
+def _cost(found: Fit) -> int:
+    return found.unexplained
 
 
 def _candidates(storage: Storage, header: Header) -> Iterator[Header]:
@@ -146,11 +158,7 @@ def _candidates(storage: Storage, header: Header) -> Iterator[Header]:
     # Bits that cannot be right are cleared: the other bytes of the number may have survived.
     image_size = header.image_size & (geometry.max_image_size - 1) & ~(SECTOR - 1)
     yield replace(header, image_size=image_size)
-    # A header area that ends before the L1 table is believed: what points into it is wrong.
-    size, l1_offset = storage.size(), header.l1_table_offset
-    if not Bounds(geometry, header.header_size, size).valid_table(l1_offset) and Bounds(
-        geometry, 1, size
-    ).valid_table(l1_offset):
+    if Bounds(geometry, 1, storage.size()).valid_table(header.l1_table_offset):
         yield from _header_sizes(storage, header, geometry)
 
 
@@ -166,10 +174,26 @@ def _other_l1_tables(storage: Storage, header: Header) -> Iterator[Header]:
 
 
 def _header_sizes(storage: Storage, header: Header, geometry: Geometry) -> Iterator[Header]:
-    """All before the first cluster in use is header area."""
-    bounds = Bounds(geometry, 1, storage.size())
+    """All before the first cluster in use is header area.
+
+    One L2 entry that points into the header area is wrong itself; more are not wrong in the same way by accident.
+    """
+    inside = 0
+    size = storage.size()
+    start = Bounds(geometry, header.header_size, size).start
+
+    def report(damage: Damage) -> None:
+        nonlocal inside
+        if 0 < damage.value < start and not damage.value & geometry.cluster_mask:
+            inside += 1 if damage.table == "L2" else _SEVERAL
+
     try:
-        scan = Scan(storage, geometry, bounds, header.l1_table_offset)
+        if Bounds(geometry, header.header_size, size).valid_table(header.l1_table_offset):
+            present = Bounds(geometry, header.header_size, size)
+            Scan(storage, geometry, present, header.l1_table_offset, report=report).run()
+            if inside < _SEVERAL:
+                return
+        scan = Scan(storage, geometry, Bounds(geometry, 1, size), header.l1_table_offset)
         scan.run()
     except QEDError:
         return

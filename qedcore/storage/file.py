@@ -63,6 +63,7 @@ class FileStorage:
         if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
             self.close()
             raise StorageError(f"cannot open {self.name}: not a file or block device", code=errno.EINVAL)
+        self._regular = stat.S_ISREG(info.st_mode)
         self._identity = (info.st_dev, info.st_ino)
         self._commit = GroupCommit(self._ignore_flush if mode.no_flush else self._sync)
 
@@ -121,6 +122,10 @@ class FileStorage:
         try:
             os.ftruncate(self.fd, size)
         except OSError as error:
+            if error.errno == errno.EINVAL and not self._regular:
+                raise StorageError(
+                    f"cannot make {self.name} {size} bytes long: it is not a regular file", code=errno.ENOSPC
+                ) from None
             raise StorageError(f"cannot make {self.name} {size} bytes long", error) from None
 
     def flush(self) -> None:
@@ -141,7 +146,10 @@ class FileStorage:
     def close(self) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError as error:
+                raise StorageError(f"cannot close {self.name}", error) from None
 
     def _failed(self, verb: str, length: int, offset: int, error: OSError) -> StorageError:
         return StorageError(f"cannot {verb} {length} bytes at {offset:#x} of {self.name}", error)

@@ -179,11 +179,12 @@ def check_recovery(setup: Setup, recovered: RecordingStorage, model: GuestModel,
 
 
 @pytest.mark.parametrize("round_number", range(ROUNDS))
+@pytest.mark.parametrize("trailing", [b"", b"trailing" * 448], ids=["whole clusters", "partial last cluster"])
 @pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
-def test_power_loss(tmp_path: Path, backing: bool, round_number: int, seed: str) -> None:
+def test_power_loss(tmp_path: Path, backing: bool, trailing: bytes, round_number: int, seed: str) -> None:
     rng = random.Random(f"{seed}/{round_number}")
     states: list[int] = []
-    workload(Setup(tmp_path, backing), rng, 2, states, every=1 if ROUNDS > 1 else 3)
+    workload(Setup(tmp_path, backing, trailing=trailing), rng, 2, states, every=1 if ROUNDS > 1 else 3)
     assert len(states) > 100, "hardly anything was tried"
 
 

@@ -28,18 +28,45 @@ def test_l2_entry_past_the_end_stays_invalid(tmp_path: Path, ahead: int, l2_cach
         image.pwrite(b"Z" * (8 * CS), 9 * CS)  # takes the place
         for pos in range(0, 4 * SPAN, SPAN):  # other tables push the first one out
             image.pwrite(b"other", pos + 7 * CS)
-        with pytest.raises(CorruptImageError, match=r"L2 entry 1 at .* points to 0x[0-9a-f]+0000:"):
+        with pytest.raises(CorruptImageError, match=r"L2 entry 1 at .* points to 0x[0-9a-f]+0001:"):
             image.pread(1, CS)
         with pytest.raises(CorruptImageError):
             image.pwrite(b"x", CS)
         assert image.pread(8 * CS, 9 * CS) == b"Z" * (8 * CS)
         assert image.pread(1, 2 * CS) == b"\0"
         image.pwrite(b"y", 3 * CS)  # writes the sector of entry 1
-    with qedcore.open_image(path) as image, pytest.raises(CorruptImageError):
-        image.pread(1, CS)
     with QedFile(path) as file:
         offsets = [entry for entry in file.entries().values() if entry > 1]
         assert len(offsets) == len(set(offsets))
+
+
+@pytest.mark.parametrize("entry", ["L1", "L2"])
+def test_they_stay_invalid_in_later_sessions(tmp_path: Path, entry: str) -> None:
+    """Also when the file has grown over the place before the table with the entry is first read."""
+    path = tmp_path / "image.qed"
+    past = {1: lambda b: b.end} if entry == "L2" else {}
+    l1_past = {2: lambda b: b.end} if entry == "L1" else {}
+    build(path, ImageSpec(**SPEC, entries=past, l1_entries=l1_past))  # type: ignore[arg-type]
+    notices: list[str] = []
+    with qedcore.open_image(path, log=notices.append) as image:
+        image.pwrite(b"Z" * (8 * CS), SPAN + 9 * CS)
+        with pytest.raises(CorruptImageError):
+            image.pread(1, CS if entry == "L2" else 2 * SPAN)
+    assert [line for line in notices if "pointed past the end" in line]
+    for writable in (True, False, True):
+        with qedcore.open_image(path, writable) as image:
+            with pytest.raises(CorruptImageError):
+                image.pread(1, CS if entry == "L2" else 2 * SPAN)
+            assert image.pread(8 * CS, SPAN + 9 * CS) == b"Z" * (8 * CS)
+
+
+def test_reading_does_not_change_a_read_only_image(tmp_path: Path) -> None:
+    path = tmp_path / "image.qed"
+    build(path, ImageSpec(**SPEC, entries={1: lambda b: b.end}))  # type: ignore[arg-type]
+    before = path.read_bytes()
+    with qedcore.open_image(path, False) as image, pytest.raises(CorruptImageError):
+        image.pread(1, CS)
+    assert path.read_bytes() == before
 
 
 def test_l1_entry_past_the_end_stays_invalid(tmp_path: Path) -> None:
@@ -48,7 +75,7 @@ def test_l1_entry_past_the_end_stays_invalid(tmp_path: Path) -> None:
     with qedcore.open_image(path) as image:
         image.pwrite(b"Z" * (16 * CS), 9 * CS)
         for table in (2, 3):
-            with pytest.raises(CorruptImageError, match=rf"L1 entry {table} at .* points to 0x[0-9a-f]+0000:"):
+            with pytest.raises(CorruptImageError, match=rf"L1 entry {table} at .* points to 0x[0-9a-f]+0001:"):
                 image.pread(1, table * SPAN)
             with pytest.raises(CorruptImageError):
                 image.pwrite(b"x", table * SPAN)

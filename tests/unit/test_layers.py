@@ -26,7 +26,7 @@ LAYERS = (
     ("storage.direct",),
     ("header", "rehearsal"),
     ("table", "create"),
-    ("l2_cache", "check"),
+    ("l2_cache", "check", "past_end"),
     ("cluster", "alloc", "scan"),
     ("request", "trial"),
     ("image",),

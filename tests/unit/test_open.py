@@ -370,7 +370,9 @@ def test_bad_l2_entry(image: Callable[..., Built], name: str, writable: bool) ->
         with pytest.raises(QEDError) as caught:
             img.pread(4096, CS)
         assert caught.value.errno == errno.EIO
-        assert f"{value:#x}" in str(caught.value) and "\n" not in str(caught.value)
+        # A writable open sets the lowest bit of entries past the end, so that growth cannot make them valid.
+        assert f"{value:#x}" in str(caught.value) or (writable and f"{value | 1:#x}" in str(caught.value))
+        assert "\n" not in str(caught.value)
         if writable:
             with pytest.raises(QEDError) as caught:
                 img.pwrite(b"w" * 4096, CS)

@@ -553,16 +553,17 @@ def test_random_damage(tmp_path: Path, seed: str, number: int) -> None:
     wreck = Wreck(random.Random(seed), path)
     try:
         repair_file(path, vectors=bool(number % 2) and HAS_NUMPY)
-    except QEDError:
-        assert wreck.header_hurt or not any(wreck.raw[wreck.built.l1_offset : wreck.built.l1_offset + 4096])
+    except QEDError as error:
+        assert wreck.header_hurt or "uncertain" in str(error)
         assert path.read_bytes() == wreck.raw
         return
     with QedFile(path) as file:
-        assert file.geometry == wreck.geometry
+        assert file.geometry == wreck.geometry or wreck.hurt.issuperset(wreck.built.offsets)
+        opens = file.geometry.qemu_opens
         # A wrong size of the device cannot be told from a right one, if it is possible: no data is lost by it.
         past_end = [n for n in wreck.built.kinds if (n + 2) * file.geometry.cluster_size > file.size]
     assert not assert_sound(path).leaks
-    if shutil.which("qemu-img"):
+    if opens and shutil.which("qemu-img"):
         qemu.assert_check_clean(path)
     without = [*wreck.hurt, *past_end, *(n + 1 for n in past_end)]
     assert guest(path, wreck.built, without) == expected(wreck.built, without)

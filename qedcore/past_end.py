@@ -1,0 +1,55 @@
+"""Entries that pointed past the end of the file when it was opened, although NEED_CHECK was clear.
+
+QEMU can leave them after a power loss.  The next allocations take just the place they point to, and then two guest
+clusters would share one cluster of the file.
+
+I1. When a table is first read from a writable image, such entries are made invalid for good: their lowest bit is set,
+    durably, which keeps what they were for whoever repairs the image.  Their clusters stay unreadable, as before.
+I2. Tables are screened as they are read, not all at open, which would take time with the size of the image.  One that
+    is read for the first time only after the file has grown is screened against the end that the file had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .geometry import Bounds, Geometry
+from .table import Table, TableIO
+
+
+class PastEnd:
+    """Screens the tables of one image.  Raises StorageError where an entry cannot be made invalid.
+
+    A slice is read by one thread at a time, and nobody changes it before it was read (L2Cache): no lock is needed.
+    """
+
+    def __init__(self, tables: TableIO, geometry: Geometry, bounds: Bounds, log: Callable[[str], None]) -> None:
+        self._tables = tables
+        self._geometry = geometry
+        self._end = bounds.end  # bytes: the end of the file before it grew
+        self._log = log
+        self._screened: set[int] = set()  # slice indexes
+
+    def screen_l1(self, l1: Table, l1_offset: int) -> None:
+        self._screen(l1, l1_offset, self._end - self._geometry.table_bytes + 1)
+
+    def screen_slice(self, index: int, table: Table, offset: int, l2_offset: int) -> None:
+        """Screen the slice with this index, just read from `offset` in the L2 table at `l2_offset`."""
+        # Tables past the old end are our own making, and so is what was linked after the first look.
+        if l2_offset < self._end and index not in self._screened:
+            self._screen(table, offset, self._end)
+            self._screened.add(index)
+
+    def _screen(self, table: Table, offset: int, limit: int) -> None:
+        if max(table) < limit:
+            return
+        mask = self._geometry.cluster_mask
+        wrong = [index for index, entry in enumerate(table) if entry >= limit and not entry & mask]
+        if not wrong:
+            return
+        for index in wrong:
+            table[index] |= 1
+        self._tables.write_all(offset, table)
+        self._tables.storage.flush()  # before anything can be linked to where they pointed
+        name = self._tables.storage.name
+        self._log(f"{name}: entries that pointed past the end in the table at {offset:#x}: {len(wrong)}")
