@@ -1,4 +1,4 @@
-"""nbdkit plugin: nbdkit python qed.py file=IMAGE.qed [cache=MODE] [l2_cache=SIZE] [trace=EVENTS]
+"""nbdkit plugin: nbdkit python qed.py file=IMAGE.qed [cache=MODE] [l2_cache=SIZE] [affinity=auto|off] [trace=EVENTS]
 
 Only the callbacks, the log and the mapping of errors; the engine is the package qedcore beside this directory.
 """
@@ -57,6 +57,7 @@ def printable(text: str) -> str:
 
 
 shared = SharedImage(log, lambda line: nbdkit.debug(printable(line)))
+enter, leave = shared.crowd.enter, shared.crowd.leave
 
 
 _format_traceback = traceback.format_exception
@@ -155,18 +156,24 @@ def can_extents(h: SharedImage) -> bool:
 
 def pread(h: SharedImage, buf: memoryview, pos: int, flags: int) -> None:
     this_thread.kept
+    enter(len(buf))
     try:
         h.image.pread_into(buf, pos)
     except BaseException as error:
         fail(error)
+    finally:
+        leave()
 
 
 def pwrite(h: SharedImage, buf: memoryview, pos: int, flags: int) -> None:
     this_thread.kept
+    enter(len(buf))
     try:
         h.image.pwrite(buf, pos, bool(flags & nbdkit.FLAG_FUA))
     except BaseException as error:
         fail(error)
+    finally:
+        leave()
 
 
 def flush(h: SharedImage, flags: int) -> None:

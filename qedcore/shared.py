@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Callable
 
+from .affinity import Crowd
 from .chain import open_image
 from .errors import RequestError
 from .image import DEFAULT_L2_CACHE, QEDImage
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 class SharedImage:
     """Configured by parameters, opened by check(), used through `image`."""
 
-    PARAMETERS = ("file", "cache", "l2_cache", "trace")
+    PARAMETERS = ("file", "cache", "l2_cache", "affinity", "trace")
 
     def __init__(self, log: Callable[[str], None], trace_line: Callable[[str], None]) -> None:
         self._log = log  # takes one-line notices
         self._trace_line = trace_line
         self._values: dict[str, str] = {}
+        self.crowd = Crowd()
         self._lock = ranked_lock(Rank.SHARED)
         self._retired: QEDImage | None = None  # the read-only one, whose last requests may still be in flight
         self.image: QEDImage  # exists after check(); replaced once, by open()
@@ -46,6 +48,10 @@ class SharedImage:
             parse_size(value, name)
         elif name == "trace":
             self._selection(value)
+        elif name == "affinity":
+            if value not in ("auto", "off"):
+                raise RequestError(f"affinity={value} is not one of auto, off")
+            self.crowd.enabled = self.crowd.enabled and value == "auto"
         elif not value:
             raise RequestError(f"{name}= needs a value")
         self._values[name] = value

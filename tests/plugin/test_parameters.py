@@ -38,6 +38,7 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "l2_cache unit": (["file=image.qed", "l2_cache=8Q"], ("l2_cache", "8q")),
     "l2_cache float": (["file=image.qed", "l2_cache=nan"], ("l2_cache", "nan")),
     "l2_cache huge": (["file=image.qed", "l2_cache=99999999999999999999E"], ("l2_cache",)),
+    "affinity bogus": (["file=image.qed", "affinity=2"], ("affinity", "auto")),
     "trace bogus": (["file=image.qed", "trace=bogus_event"], ("trace", "bogus_event")),
     "trace one of two": (["file=image.qed", "trace=qed_aio_setup,nope"], ("trace", "nope")),
     "trace empty": (["file=image.qed", "trace="], ("trace",)),

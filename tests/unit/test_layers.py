@@ -19,7 +19,7 @@ PACKAGE = ROOT / "qedcore"
 # Lowest first.  A module may import those of lower layers only; a new module gets its place here.
 LAYERS = (
     ("errors",),
-    ("locks", "trace", "sizes", "thread_state"),
+    ("locks", "trace", "sizes", "thread_state", "affinity"),
     ("geometry", "storage"),
     ("storage.flush",),
     ("storage.file",),
