@@ -5,8 +5,8 @@ request, and each time a thread is woken.  Waking it on another CPU, which has g
 the whole request, most of all in a virtual machine; on the CPU where the other one just went to sleep it costs next
 to nothing, and what runs in Python could not have used a second CPU anyway.
 
-A thread moves when it first meets another one inside a small request, so that a client with one request at a time, and
-large requests, whose time goes into copying, keep all CPUs.  nbdkit's threads end with their connection.
+A thread moves when it first meets another one inside a small request, so that a client with one request at a time,
+and large requests, whose time goes into copying, keep all CPUs.  nbdkit's threads end with their connection.
 """
 
 from __future__ import annotations

@@ -101,11 +101,13 @@ class Requests:
         """Fast path: the file offset when one allocated cluster of a cached table has it all, else 0."""
         into = pos & self._cluster_mask
         if into + length <= self._cluster_size and pos + length <= self.size:
-            table = self._slices.get(pos >> self._slice_shift)
+            slice_index = pos >> self._slice_shift
+            table = self._slices.get(slice_index)
             if table is not None:
                 entry = table[(pos >> self._l2_shift) & self._slice_mask]
-                if entry > ZERO_CLUSTER and self._bounds.valid_cluster(entry):
-                    self._touch(pos >> self._slice_shift)
+                bounds = self._bounds  # Bounds.valid_cluster, without the call
+                if entry > ZERO_CLUSTER and bounds.start <= entry < bounds.end and not entry & self._cluster_mask:
+                    self._touch(slice_index)
                     return entry + into
         return 0
 
