@@ -12,6 +12,7 @@ present() {
         python3) "$PYTHON" -c '' ;;
         python3-venv) "$PYTHON" -c 'import ensurepip, venv' ;;
         python3-libnbd) "$PYTHON" -c 'import nbd' ;;
+        python3-numpy) "$PYTHON" -c 'import numpy' ;;
         nbdkit-plugin-python) nbdkit --dump-plugin python ;;
         libnbd-bin) command -v nbdinfo && command -v nbdcopy ;;
         qemu-utils) command -v qemu-img && command -v qemu-io && command -v qemu-nbd ;;
