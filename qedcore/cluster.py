@@ -48,9 +48,10 @@ class ClusterMap:
         self.table_locks = KeyedLocks(Rank.L2_TABLE)  # keyed by L1 index: a missing table has no offset yet
         self._doubtful_l1: set[int] = set()  # indexes whose last write failed (I3)
 
-    def reload(self) -> None:
-        """Read the tables again, after a repair on disk.  No request is in flight."""
-        self.l1 = self.tables.read(self.l1_offset, len(self.l1))
+    def reload(self, l1_offset: int, image_size: int) -> None:
+        """Read the tables again: they were changed on disk or moved, or the device resized.  No request in flight."""
+        self.l1_offset = l1_offset
+        self.l1 = self.tables.read(l1_offset, self.geometry.l1_entries(image_size))
         self.cache.clear()
 
     def expect_growth(self, log: Callable[[str], None]) -> None:

@@ -53,11 +53,8 @@ class Metadata(NamedTuple):
 
     def reload(self) -> None:
         """The tables have changed on disk, or the device's size has: read them again."""
-        clusters, header = self.clusters, self.header.header
-        clusters.l1_offset = header.l1_table_offset
-        clusters.l1 = self.tables.read(clusters.l1_offset, self.geometry.l1_entries(self.requests.size))
-        clusters.cache.clear()
-        clusters.expect_growth(self.log)
+        self.clusters.reload(self.header.header.l1_table_offset, self.requests.size)
+        self.clusters.expect_growth(self.log)
 
 
 class QEDImage:
@@ -128,7 +125,7 @@ class QEDImage:
 
     def _repair(self, gate: NeedCheckGate) -> None:
         whole, report = repair_after_crash(self.storage, self._header, self._tables, self.geometry, self._bounds)
-        self._clusters.reload()
+        self._clusters.reload(self.header.l1_table_offset, self.size)
         name = self.storage.name
         self._log(f"{name}: was not closed cleanly: checked, findings: {len(report) or 'none'}")
         for line in report[:_MAX_LINES]:
