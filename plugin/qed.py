@@ -150,6 +150,14 @@ def can_zero(h: SharedImage) -> bool:
     return True
 
 
+def can_fast_zero(h: SharedImage) -> bool:
+    return True
+
+
+def can_trim(h: SharedImage) -> bool:
+    return True
+
+
 def can_extents(h: SharedImage) -> bool:
     return True
 
@@ -187,7 +195,21 @@ def flush(h: SharedImage, flags: int) -> None:
 def zero(h: SharedImage, length: int, pos: int, flags: int) -> None:
     this_thread.kept
     try:
-        h.image.zero(pos, length, bool(flags & nbdkit.FLAG_FUA))
+        h.image.zero(
+            pos,
+            length,
+            bool(flags & nbdkit.FLAG_FUA),
+            may_trim=bool(flags & nbdkit.FLAG_MAY_TRIM),
+            only_fast=bool(flags & nbdkit.FLAG_FAST_ZERO),
+        )
+    except BaseException as error:
+        fail(error)
+
+
+def trim(h: SharedImage, length: int, pos: int, flags: int) -> None:
+    this_thread.kept
+    try:
+        h.image.trim(pos, length, bool(flags & nbdkit.FLAG_FUA))
     except BaseException as error:
         fail(error)
 

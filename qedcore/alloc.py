@@ -5,7 +5,13 @@
 
 I1. Clusters come from the end of the file, which grows in steps by truncation: what was never handed out reads
     as zeros ("fresh").  The file always covers every cluster that was handed out.
-I2. Clusters given back after a failed request are handed out again, but are not fresh.
+I2. Data clusters that the guest freed are handed out again once that is safe (DESIGN 6), before the file grows:
+
+        unlinked --no request knows it--> hole punched --flush--> unlinked, and a hole, for good: fresh
+
+    A crash before the flush may bring the entry back, but what it then shows is zeros: what the guest asked for.
+    Where no holes can be punched they are used as they are, and not fresh; so are those of failed requests.
+    Tables are always appended.
 I3. The dirty period: NEED_CHECK is durable before the first metadata change, and is cleared only when everything
     is durable and nothing is in flight; new allocations wait until the cleared header is durable too.
 I4. Once a metadata write or a flush has failed, NEED_CHECK stays: the next writable open repairs.
@@ -17,12 +23,16 @@ import threading
 from typing import Callable, NamedTuple
 
 from .errors import QEDError, StorageError
+from .free import CLEAN, USED, FreeMap
 from .geometry import Bounds, Geometry, MiB
 from .header import FEATURE_NEED_CHECK, HeaderUpdater
+from .in_flight import InFlight
 from .locks import Rank, ranked_condition, ranked_lock
 from .storage import Storage
 
 GROWTH_STEP = 16 * MiB  # one truncation, hence one journalled size, serves this much allocation
+_WORTH = 32  # freed clusters wait at most until they are this part of the file, or GROWTH_STEP
+_MAX_UNLINKED = 1 << 16  # extents remembered before a flush is made for them
 IDLE_SECONDS = 5.0  # QEMU's delay between the last allocation and the clean header
 
 
@@ -34,43 +44,60 @@ class Extent(NamedTuple):
     fresh: bool  # reads as zeros
 
 
-class Allocator:
-    """Hands out clusters.  Moves bounds.end; its lock protects everything here."""
+class Freed(NamedTuple):
+    """Clusters on their way to being free (I2)."""
 
-    def __init__(self, storage: Storage, geometry: Geometry, bounds: Bounds) -> None:
+    epoch: int  # requests that started in this one, or later, do not know them
+    extent: Extent
+
+
+class Allocator:
+    """Hands out clusters and takes them back.  Moves bounds.end; its lock protects everything here."""
+
+    def __init__(self, storage: Storage, geometry: Geometry, bounds: Bounds, in_flight: InFlight) -> None:
         self._storage = storage
         self._geometry = geometry
         self._bounds = bounds
+        self._in_flight = in_flight
         self._lock = ranked_lock(Rank.ALLOCATOR)
         self._grown = 0  # bytes: length of the file since it was first grown; 0 before
-        self._released: list[Extent] = []
+        self._free = FreeMap()
+        self._unlinked: list[Freed] = []
+        self.pending = 0  # clusters that were unlinked and are not free yet
+        self.reuse = True  # False in a damaged image: an entry may not be the only one that points to a cluster
 
     def allocate(self, n: int) -> Extent:
-        """n contiguous clusters, which nothing points at.  Raises StorageError (ENOSPC, EFBIG)."""
-        size = n * self._geometry.cluster_size
-        with self._lock:
-            for i, spare in enumerate(self._released):
-                if spare.n >= n:
-                    self._released[i] = Extent(spare.offset + size, spare.n - n, False)
-                    if spare.n == n:
-                        del self._released[i]
-                    return Extent(spare.offset, n, False)
-            offset = self._bounds.end
-            if offset + size > self._grown:
-                self._grow(offset, offset + size)
-            self._bounds.end = offset + size
-            return Extent(offset, n, True)
+        """1 to n contiguous clusters for data, which nothing points at.  Raises StorageError (ENOSPC, EFBIG)."""
+        if self.pending and self._worth_reclaiming():
+            self.flush()
+        try:
+            return self._take(n)
+        except StorageError:
+            if not self.pending:
+                raise
+        self.flush()  # the file cannot grow, but what was freed may do
+        return self._take(n)
 
-    def release(self, extent: Extent) -> None:
-        """Take back clusters that were never linked, neither in memory nor on disk."""
+    def _take(self, n: int) -> Extent:
         with self._lock:
-            self._released.append(extent._replace(fresh=False))
+            found = self._free.take(n)
+            if found is None:
+                return self._append(n)
+            cluster, n, state = found
+            return Extent(cluster << self._geometry.l2_shift, n, state == CLEAN)
 
-    def restart(self) -> None:
-        """The clusters in use were moved and the file was cut after them, at bounds.end: forget its old tail."""
+    def allocate_table(self) -> Extent:
+        """A place for an L2 table.  Raises StorageError."""
         with self._lock:
-            self._grown = 0
-            self._released.clear()
+            return self._append(self._geometry.table_size)
+
+    def _append(self, n: int) -> Extent:
+        offset = self._bounds.end
+        end = offset + n * self._geometry.cluster_size
+        if end > self._grown:
+            self._grow(offset, end)
+        self._bounds.end = end
+        return Extent(offset, n, True)
 
     def _grow(self, end: int, wanted: int) -> None:
         if not self._grown and self._storage.size() > end:
@@ -85,21 +112,81 @@ class Allocator:
             self._storage.truncate(wanted)
             self._grown = wanted
 
-    def trim_tail(self) -> None:
-        """Give the unused tail back.  Nothing may be in flight.  Raises StorageError."""
+    def release(self, extent: Extent) -> None:
+        """Take back clusters that were never linked, neither in memory nor on disk."""
         with self._lock:
-            if not self._grown:
+            self._free.add(extent.offset >> self._geometry.l2_shift, extent.n, USED)
+
+    def free(self, extent: Extent) -> None:
+        """Take back data clusters that were just unlinked, on disk and in memory.  Raises StorageError."""
+        if not self.reuse:
+            return
+        with self._lock:
+            self._unlinked.append(Freed(self._in_flight.advance(), extent))
+            self.pending += extent.n
+            full = len(self._unlinked) >= _MAX_UNLINKED
+        if full:
+            self.flush()
+
+    def flush(self) -> None:
+        """Storage.flush(), which makes freed clusters free that no request knows any more.  Raises StorageError."""
+        if not self.pending:
+            self._storage.flush()
+            return
+        with self._lock:
+            oldest = self._in_flight.oldest()
+            ready = [freed.extent for freed in self._unlinked if freed.epoch <= oldest]
+            self._unlinked = [freed for freed in self._unlinked if freed.epoch > oldest]
+        punched = [(extent, self._punch(extent)) for extent in _joined(ready, self._geometry.cluster_size)]
+        self._storage.flush()  # if it fails, nothing is ever certain again: these are never used
+        with self._lock:
+            for extent, is_hole in punched:
+                cluster = extent.offset >> self._geometry.l2_shift
+                self._free.add(cluster, extent.n, CLEAN if is_hole else USED)
+                self.pending -= extent.n
+
+    def _punch(self, extent: Extent) -> bool:
+        try:
+            return self._storage.punch(extent.offset, extent.n << self._geometry.l2_shift)
+        except StorageError:
+            return False
+
+    def _worth_reclaiming(self) -> bool:
+        """Whether a flush frees enough: what is not used again makes the file grow by as much."""
+        with self._lock:
+            enough = min(GROWTH_STEP, self._bounds.end // _WORTH) >> self._geometry.l2_shift
+            if self._free.n or self.pending < max(enough, 1) or not self._unlinked:
+                return False
+            return self._unlinked[0].epoch <= self._in_flight.oldest()
+
+    def restart(self) -> None:
+        """The clusters in use were moved and the file was cut after them, at bounds.end: forget its old tail."""
+        with self._lock:
+            self._grown = self.pending = 0
+            self._free.clear()
+            self._unlinked.clear()
+
+    def trim_tail(self) -> None:
+        """Give the free tail back.  No allocating request may be in flight.  Raises StorageError."""
+        with self._lock:
+            end = self._free.end_of_used(self._bounds.end >> self._geometry.l2_shift) << self._geometry.l2_shift
+            if not self._grown and end == self._bounds.end:
                 return
-            end, kept = self._bounds.end, []
-            for spare in sorted(self._released, reverse=True):
-                if spare.offset + spare.n * self._geometry.cluster_size == end:
-                    end = spare.offset
-                else:
-                    kept.append(spare)
             self._storage.truncate(end)
             # Only now: what was not cut off is neither fresh nor free.
             self._bounds.end = self._grown = end
-            self._released = kept
+            self._free.cut(end >> self._geometry.l2_shift)
+
+
+def _joined(extents: list[Extent], cluster_size: int) -> list[Extent]:
+    """The same clusters in order, neighbours in one."""
+    joined: list[Extent] = []
+    for extent in sorted(extents):
+        if joined and joined[-1].offset + joined[-1].n * cluster_size == extent.offset:
+            joined[-1] = joined[-1]._replace(n=joined[-1].n + extent.n)
+        else:
+            joined.append(extent)
+    return joined
 
 
 class NeedCheckGate:
@@ -180,6 +267,8 @@ class NeedCheckGate:
                 return False
             self._changing = True
         try:
+            if self._allocator.pending:
+                self._allocator.flush()
             self._allocator.trim_tail()
             self._storage.flush()  # everything that the flag stands for, before the flag
         except BaseException:

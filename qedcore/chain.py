@@ -16,6 +16,7 @@ from .cluster import FOUND, Kind
 from .errors import ImageFormatError, StorageError, UnsupportedError
 from .header import FEATURE_NO_PROBE
 from .image import DEFAULT_L2_CACHE, Parts, QEDImage
+from .in_flight import InFlight
 from .request import Source
 from .storage import Storage
 from .storage.file import CacheMode, cache_mode, open_storage
@@ -89,6 +90,7 @@ class ChainOpener:
         opener: Callable[[str, bool, CacheMode], Storage],
         follow: bool,
         write_below: Callable[[str, str], bool],
+        in_flight: InFlight | None,
     ) -> None:
         self._mode = mode
         self._l2_cache = l2_cache
@@ -97,6 +99,7 @@ class ChainOpener:
         self._log = log
         self._opener = opener
         self._follow = follow  # open the backing files, too
+        self._in_flight = in_flight
         self._write_below = write_below  # (name, path of a backing file) -> open it for writing
 
     def open(self, path: str, writable: bool) -> QEDImage:
@@ -112,7 +115,7 @@ class ChainOpener:
                 if images and self._backing_format(images[-1], storage) == "raw":
                     backing = RawSource(storage)
                     break
-                images.append(self._open_image(storage, writable))
+                images.append(self._open_image(storage, writable, None if images else self._in_flight))
                 name = images[-1].backing_name
                 if not name or not self._follow:
                     break
@@ -143,7 +146,7 @@ class ChainOpener:
         seen[storage.identity()] = path
         return storage
 
-    def _open_image(self, storage: Storage, writable: bool) -> QEDImage:
+    def _open_image(self, storage: Storage, writable: bool, in_flight: InFlight | None) -> QEDImage:
         try:
             return QEDImage(
                 storage,
@@ -153,6 +156,7 @@ class ChainOpener:
                 parts=self._parts,
                 clock=self._clock,
                 log=self._log,
+                in_flight=in_flight,
             )
         except (ImageFormatError, UnsupportedError) as error:
             raise type(error)(f"{storage.name}: {error}") from None
@@ -185,6 +189,7 @@ def open_image(
     opener: Callable[[str, bool, CacheMode], Storage] = open_storage,
     follow: bool = True,
     write_below: Callable[[str, str], bool] = lambda name, path: False,
+    in_flight: InFlight | None = None,
 ) -> QEDImage:
     """Open the image at `path` and its backing chain.  Raises QEDError and its children.
 
@@ -197,6 +202,7 @@ def open_image(
     opener       opens the storages
     follow       False: leave the backing file alone, to describe the image; such an image must not be read
     write_below  asked with the name (as its overlay has it) and the path of each backing file: open it writable?
+    in_flight    shared with other openings of the image whose requests may run at the same time
     """
     if writable and not follow:
         raise ValueError("an image without its backing file cannot be written")
@@ -205,7 +211,7 @@ def open_image(
         from .instrument import instrumented
 
         parts = instrumented(trace, fault, trace_dialect)
-    chain = ChainOpener(cache_mode(cache), l2_cache, parts, clock, log, opener, follow, write_below)
+    chain = ChainOpener(cache_mode(cache), l2_cache, parts, clock, log, opener, follow, write_below, in_flight)
     return chain.open(os.fspath(path), writable)
 
 

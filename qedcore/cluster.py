@@ -47,6 +47,7 @@ class ClusterMap:
         self.l1_lock = ranked_lock(Rank.L1)
         self.table_locks = KeyedLocks(Rank.L2_TABLE)  # keyed by L1 index: a missing table has no offset yet
         self._doubtful_l1: set[int] = set()  # indexes whose last write failed (I3)
+        self._own_tables: set[int] = set()  # indexes of tables that need no screening (I4)
 
     def reload(self, l1_offset: int, image_size: int) -> None:
         """Read the tables again: they were changed on disk or moved, or the device resized.  No request in flight."""
@@ -59,9 +60,8 @@ class ClusterMap:
         past_end = PastEnd(self.tables, self.geometry, self.bounds, log)
         past_end.screen_l1(self.l1, self.l1_offset)
         to_l1 = self.geometry.l1_shift - self.geometry.slice_shift
-        self.cache.screen = lambda index, table, offset: past_end.screen_slice(
-            index, table, offset, self.l1[index >> to_l1]
-        )
+        self.cache.screen = lambda index, table, offset: past_end.screen_slice(index, table, offset, index >> to_l1)
+        self._own_tables = past_end.own
 
     def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
         """The run at pos: (kind, file offset of pos's byte or 0, bytes up to `length`).  length > 0.
@@ -178,6 +178,7 @@ class ClusterMap:
         with self.l1_lock:
             entry = empty(1)
             entry[0] = offset
+            self._own_tables.add(index)
             try:
                 self.write_l1(index, entry)
             except StorageError:

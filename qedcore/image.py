@@ -14,9 +14,10 @@ from typing import Callable, NamedTuple
 from .alloc import Allocator, NeedCheckGate
 from .check import repair_after_crash
 from .cluster import ClusterMap, Kind
-from .errors import ImageFormatError, QEDError, ReadOnlyError, ShutdownError
+from .errors import ImageFormatError, QEDError, ReadOnlyError, ShutdownError, UnsupportedError
 from .geometry import Bounds, Geometry, MiB
 from .header import Header, HeaderUpdater, read_backing_name, read_header
+from .in_flight import InFlight
 from .l2_cache import L2Cache
 from .locks import Rank, ranked_lock
 from .request import ClosedRequests, Requests, Source, WritableRequests
@@ -61,7 +62,8 @@ class QEDImage:
     """An open image.  It owns `storage` and closes it with itself, also when opening fails.
 
     Any number of threads may use it at once.  Every method raises QEDError or a child of it.
-    `l2_cache` is in bytes, `clock` counts seconds, `log` takes one-line notices.
+    `l2_cache` is in bytes, `clock` counts seconds, `log` takes one-line notices.  `in_flight` is shared by all
+    openings of one image whose requests may run at the same time.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class QEDImage:
         parts: Parts = Parts(),
         clock: Callable[[], float] = time.monotonic,
         log: Callable[[str], None] = lambda line: None,
+        in_flight: InFlight | None = None,
     ) -> None:
+        in_flight = in_flight or InFlight()
         self.storage = storage = parts.storage(storage)
         self.writable = writable
         self.backing: Source | None = None
@@ -97,13 +101,13 @@ class QEDImage:
             if writable:
                 if header.l1_table_offset == 0:
                     raise ImageFormatError("the L1 table at 0x0 overlaps the header: such an image is read-only")
-                self._allocator = Allocator(storage, self.geometry, self._bounds)
+                self._allocator = Allocator(storage, self.geometry, self._bounds, in_flight)
                 self._gate = parts.gate(storage, self._header, self._allocator, clock)
                 self._requests = parts.writable_requests(
-                    storage, self._clusters, self.size, self._allocator, self._gate
+                    storage, self._clusters, self.size, in_flight, self._allocator, self._gate
                 )
             else:
-                self._requests = parts.requests(storage, self._clusters, self.size)
+                self._requests = parts.requests(storage, self._clusters, self.size, in_flight)
         except BaseException:
             storage.close()
             raise
@@ -136,6 +140,7 @@ class QEDImage:
             gate.settled()
         else:
             gate.fail()
+            self._allocator.reuse = False
             self._log(f"{name}: damage is left: shared clusters change together; check the image")
 
     @contextmanager
@@ -191,11 +196,25 @@ class QEDImage:
         if fua or self._writethrough:
             self.storage.flush()
 
-    def zero(self, pos: int, length: int, fua: bool = False) -> None:
-        """Make `length` bytes at guest position `pos` read as zeros."""
-        self._requests.zero(pos, length)
+    def zero(
+        self, pos: int, length: int, fua: bool = False, *, may_trim: bool = False, only_fast: bool = False
+    ) -> None:
+        """Make `length` bytes at guest position `pos` read as zeros; with `may_trim` their clusters are freed.
+
+        With `only_fast`, UnsupportedError instead of writing data.
+        """
+        requests = self._requests
+        if only_fast and isinstance(requests, WritableRequests) and not requests.zero_is_fast(pos, length, may_trim):
+            raise UnsupportedError(f"zeroing {length} bytes at position {pos} is not fast")
+        requests.zero(pos, length, may_trim)
         if fua or self._writethrough:
-            self.storage.flush()
+            self.flush()
+
+    def trim(self, pos: int, length: int, fua: bool = False) -> None:
+        """Free the whole clusters among `length` bytes at guest position `pos`: what had data reads as zeros."""
+        self._requests.trim(pos, length)
+        if fua or self._writethrough:
+            self.flush()
 
     def add_zero_clusters(self, pos: int, length: int) -> None:
         """Hide what is below the image in a range where it has no clusters (WritableRequests.add_zero_clusters)."""
@@ -204,7 +223,10 @@ class QEDImage:
     def flush(self) -> None:
         """Everything completed before this call is on stable storage on return."""
         self._check_open()
-        self.storage.flush()
+        if self._gate is None:
+            self.storage.flush()
+        else:
+            self._allocator.flush()
 
     def extents(self, pos: int, length: int, one: bool = False) -> list[tuple[int, Kind]]:
         """(bytes, FOUND or ZERO) of the runs of a range, through the whole chain; with `one` only the first."""
@@ -224,7 +246,7 @@ class QEDImage:
             if self._closed:
                 return
             self._closed = True
-        self._requests = ClosedRequests(self.storage, self._clusters, 0)
+        self._requests = ClosedRequests(self.storage, self._clusters, 0, InFlight())
         try:
             if self._gate is not None:
                 self._gate.close()

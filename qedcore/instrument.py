@@ -224,7 +224,7 @@ class TracedGate(_Probed, NeedCheckGate):
 
 class TracedRequests(_Probed, Requests):
     def pread_into(self, buf: WriteBuffer, pos: int) -> None:
-        with self.probe.request(id(self._storage), pos, len(buf), 0):
+        with self.probe.request(id(self._storage), pos, len(buf), 0), self._in_flight.request():
             self.read(buf, pos)
 
     def _cluster_offset(self, offset: int, pos: int) -> int:
@@ -249,16 +249,16 @@ class TracedRequests(_Probed, Requests):
 class TracedWritableRequests(TracedRequests, WritableRequests):
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:
         probe = self.probe
-        with probe.request(id(self._storage), pos, len(buf), _WRITE):
+        with probe.request(id(self._storage), pos, len(buf), _WRITE), self._in_flight.request():
             probe.fault("pwritev")
             self.write(buf, pos)
             probe.fault("pwritev_done")
 
-    def zero(self, pos: int, length: int) -> None:
+    def zero(self, pos: int, length: int, may_trim: bool = False) -> None:
         probe = self.probe
         with probe.request(id(self._storage), pos, length, _WRITE | _ZERO):
             probe.fault("pwritev_zero")
-            super().zero(pos, length)
+            super().zero(pos, length, may_trim)
             probe.fault("pwritev_done")
 
     def write_run(self, kind: Kind, offset: int, view: memoryview, pos: int) -> int:
@@ -270,9 +270,9 @@ class TracedWritableRequests(TracedRequests, WritableRequests):
         cluster = offset - (pos & self._cluster_mask) if kind is FOUND else 0
         probe.trace("qed_aio_write_data", id(self._storage), probe.acb, int(kind), cluster, len(view))
 
-    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> None:
+    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> int:
         self._next_write(kind, 0, view, pos)  # looked up again
-        super()._allocating_write(kind, view, pos)
+        return super()._allocating_write(kind, view, pos)
 
     def prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
         probe = self.probe

@@ -29,14 +29,15 @@ class PastEnd:
         self._end = bounds.end  # bytes: the end of the file before it grew
         self._log = log
         self._screened: set[int] = set()  # slice indexes
+        self.own: set[int] = set()  # L1 indexes of the tables that were made since the image was opened
 
     def screen_l1(self, l1: Table, l1_offset: int) -> None:
         self._screen(l1, l1_offset, self._end - self._geometry.table_bytes + 1)
 
-    def screen_slice(self, index: int, table: Table, offset: int, l2_offset: int) -> None:
-        """Screen the slice with this index, just read from `offset` in the L2 table at `l2_offset`."""
-        # Tables past the old end are our own making, and so is what was linked after the first look.
-        if l2_offset < self._end and index not in self._screened:
+    def screen_slice(self, index: int, table: Table, offset: int, l1_index: int) -> None:
+        """Screen the slice with this index, just read from `offset`, of the L2 table with this L1 index."""
+        # What was linked after the first look is right.
+        if l1_index not in self.own and index not in self._screened:
             self._screen(table, offset, self._end)
             self._screened.add(index)
 

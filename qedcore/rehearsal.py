@@ -66,6 +66,9 @@ class Rehearsal:
             else:
                 self._pages[number][size - number * _PAGE :] = bytes((number + 1) * _PAGE - size)
 
+    def punch(self, offset: int, length: int) -> bool:
+        return False
+
     def flush(self) -> None:
         """There is nothing that could be lost."""
 

@@ -1,4 +1,4 @@
-"""The read, write and zero state machine (the 2010 patch "qed: Read/write support", plus zero clusters).
+"""The read, write, zero and trim state machine (the 2010 patch "qed: Read/write support", plus zero clusters).
 
 A request is cut into runs of one kind (cluster.lookup).
 
@@ -9,17 +9,20 @@ A request is cut into runs of one kind (cluster.lookup).
 
 An allocating write:   gate > L2 lock > look up again > allocate > data (+ head and tail) > [flush] > link
 Locks are taken in that order and held to the end of the link; the L1 lock only inside link_table.
+An unlinking zero or trim:   gate > L2 lock > look up again > link nothing, or zero clusters > free (alloc.py, I2)
 """
 
 from __future__ import annotations
 
 from array import array
+from threading import get_ident
 from typing import Protocol
 
 from .alloc import Allocator, Extent, NeedCheckGate
 from .cluster import FOUND, NO_CLUSTER, NO_TABLE, ZERO, ClusterMap, Kind
 from .errors import ReadOnlyError, RequestError, ShutdownError
-from .geometry import ZERO_CLUSTER, MiB
+from .geometry import UNALLOCATED, ZERO_CLUSTER, MiB
+from .in_flight import InFlight
 from .storage import ReadBuffer, Storage, WriteBuffer
 from .table import Table, contiguous
 
@@ -68,9 +71,11 @@ def read_chain(layer: Source | None, view: memoryview, pos: int) -> None:
 class Requests:
     """Requests on one image.  `backing` is set before the first request and never changed after."""
 
-    def __init__(self, storage: Storage, clusters: ClusterMap, size: int) -> None:
+    def __init__(self, storage: Storage, clusters: ClusterMap, size: int, in_flight: InFlight) -> None:
         self.size = size  # bytes
         self.backing: Source | None = None
+        self._in_flight = in_flight
+        self._running = in_flight.running
         self._storage = storage
         self._clusters = clusters
         self._slices = clusters.cache.slices
@@ -91,11 +96,16 @@ class Requests:
 
         Raises RequestError, CorruptImageError and StorageError.
         """
-        offset = self._find_in_cluster(pos, len(buf))
-        if offset:
-            self._storage.pread_into(buf, offset)
-        else:
-            self.read(buf, pos)
+        thread = get_ident()
+        self._running[thread] = self._in_flight.epoch
+        try:
+            offset = self._find_in_cluster(pos, len(buf))
+            if offset:
+                self._storage.pread_into(buf, offset)
+            else:
+                self.read(buf, pos)
+        finally:
+            del self._running[thread]
 
     def _find_in_cluster(self, pos: int, length: int) -> int:
         """Fast path: the file offset when one allocated cluster of a cached table has it all, else 0."""
@@ -159,7 +169,10 @@ class Requests:
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:
         raise ReadOnlyError(f"{self._storage.name} was opened read-only")
 
-    def zero(self, pos: int, length: int) -> None:
+    def zero(self, pos: int, length: int, may_trim: bool = False) -> None:
+        raise ReadOnlyError(f"{self._storage.name} was opened read-only")
+
+    def trim(self, pos: int, length: int) -> None:
         raise ReadOnlyError(f"{self._storage.name} was opened read-only")
 
     def add_zero_clusters(self, pos: int, length: int) -> None:
@@ -174,9 +187,15 @@ class WritableRequests(Requests):
     """Requests on an image that was opened for writing."""
 
     def __init__(
-        self, storage: Storage, clusters: ClusterMap, size: int, allocator: Allocator, gate: NeedCheckGate
+        self,
+        storage: Storage,
+        clusters: ClusterMap,
+        size: int,
+        in_flight: InFlight,
+        allocator: Allocator,
+        gate: NeedCheckGate,
     ) -> None:
-        super().__init__(storage, clusters, size)
+        super().__init__(storage, clusters, size, in_flight)
         self._allocator = allocator
         self._gate = gate
 
@@ -184,11 +203,16 @@ class WritableRequests(Requests):
 
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:
         """Write `buf` to guest position `pos`.  In place it takes no lock.  Raises as pread_into, and ENOSPC."""
-        offset = self._find_in_cluster(pos, len(buf))
-        if offset:
-            self._storage.pwrite(buf, offset)
-        else:
-            self.write(buf, pos)
+        thread = get_ident()
+        self._running[thread] = self._in_flight.epoch
+        try:
+            offset = self._find_in_cluster(pos, len(buf))
+            if offset:
+                self._storage.pwrite(buf, offset)
+            else:
+                self.write(buf, pos)
+        finally:
+            del self._running[thread]
 
     def write(self, buf: ReadBuffer, pos: int) -> None:
         """The general write: any number of runs."""
@@ -209,18 +233,18 @@ class WritableRequests(Requests):
             kind, _, n = self._clusters.lookup(pos, len(view))
             if kind is FOUND:
                 return 0
-            self._allocating_write(kind, view[:n], pos)
-            return n
+            return self._allocating_write(kind, view[:n], pos)
 
     def write_data(self, offset: int, view: memoryview) -> None:
         self._storage.pwrite(view, offset)
 
-    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> None:
-        """Write a run that has no clusters yet.  Gate and L2 lock are held."""
+    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> int:
+        """Write a run that has no clusters yet, or its first part; returns the bytes.  Gate and L2 lock are held."""
         geo = self._geometry
         into = pos & geo.cluster_mask
-        n = geo.clusters(into + len(view))
-        extent = self._allocator.allocate(n)
+        extent = self._allocator.allocate(geo.clusters(into + len(view)))
+        n = extent.n
+        view = view[: (n << geo.l2_shift) - into]
         try:
             head = self.prefill(kind, pos - into, into, extent)
             tail = self.postfill(kind, pos + len(view), (n << geo.l2_shift) - into - len(view), extent)
@@ -229,6 +253,7 @@ class WritableRequests(Requests):
             self._allocator.release(extent)
             raise
         self._link(kind, pos, contiguous(extent.offset, n, geo.cluster_size), extent)
+        return len(view)
 
     def prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
         """The bytes of the first cluster before the request, from pos on: those to be written with the data."""
@@ -270,9 +295,9 @@ class WritableRequests(Requests):
         if kind is NO_TABLE:
             self._link_new_table(pos, entries, extent)
             return
-        if extent is not None and (self.backing is not None or not extent.fresh):
+        if extent is not None and ((self.backing is not None and kind is not ZERO) or not extent.fresh):
             # The data before the entry: a crash must not show zeros where the backing file's data was, nor what a
-            # reused cluster held before.
+            # reused cluster held before.  (Zeros instead of data that replaces zeros are what was there before.)
             try:
                 self._storage.flush()
             except BaseException:
@@ -281,14 +306,14 @@ class WritableRequests(Requests):
         try:
             self._clusters.link(pos, entries)
         except BaseException:
-            self._gate.fail()  # the entry may be on disk: its clusters are neither free nor certain
+            self._gate.fail()  # either entry may be on disk: their clusters are neither free nor certain
             raise
 
     def _link_new_table(self, pos: int, entries: Table, extent: Extent | None) -> None:
         clusters = self._clusters
         new = None
         try:
-            new = self._allocator.allocate(self._geometry.table_size)
+            new = self._allocator.allocate_table()
             table = clusters.write_new_table(pos, entries, new.offset, new.fresh)
             # The table, and its data, before the L1 entry: a crash may lose all of it, not leave garbage linked.
             self._storage.flush()
@@ -303,39 +328,93 @@ class WritableRequests(Requests):
             self._gate.fail()
             raise
 
-    # -- zeros -------------------------------------------------------------------------------------------------
+    # -- zero and trim -----------------------------------------------------------------------------------------
 
-    def zero(self, pos: int, length: int) -> None:
-        """Make guest positions [pos, pos + length) read as zeros.  Clusters that do already are left alone."""
+    def zero(self, pos: int, length: int, may_trim: bool = False) -> None:
+        """Make guest positions [pos, pos + length) read as zeros.  Clusters that do already are left alone.
+
+        With `may_trim` whole clusters are freed; without, those that have data keep their place in the file.
+        """
         self._check_range(pos, length)
-        while length:
-            kind, offset, n = self._clusters.lookup(pos, length)
-            n = self._zero_run(kind, offset, pos, n)
-            pos += n
-            length -= n
+        with self._in_flight.request():
+            while length:
+                kind, offset, n = self._clusters.lookup(pos, length)
+                n = self._zero_run(kind, offset, pos, n, may_trim)
+                pos += n
+                length -= n
 
-    def _zero_run(self, kind: Kind, offset: int, pos: int, n: int) -> int:
+    def _zero_run(self, kind: Kind, offset: int, pos: int, n: int, may_trim: bool) -> int:
+        """Zero one run, or its first part; returns the bytes.  0: somebody else changed it; look it up again."""
+        head, whole = self._split(pos, n)
         if kind is FOUND:
+            if may_trim and whole and not head:
+                return self._unlink(pos, whole)
+            n = head or n if may_trim else n
             for done in range(0, n, len(_ZEROS)):
                 self.write_data(offset + done, memoryview(_ZEROS)[: n - done])
             return n
         if kind is ZERO or self.backing is None or pos >= self.backing.size:
             return n
-        head = -pos & self._cluster_mask
-        if pos + n == self.size:  # what lies past the end of the device does not matter
-            whole = self._geometry.clusters(n - head) << self._l2_shift if n > head else 0
-        else:
-            whole = self._geometry.start_of_cluster(n - head) if n > head else 0
         if head or not whole:
             n = min(n, head or n, len(_ZEROS))
             return self.write_run(kind, offset, memoryview(_ZEROS)[:n], pos)
         with self._gate, self._clusters.table_locks.hold(pos >> self._geometry.l1_shift):
-            kind, _, n = self._clusters.lookup(pos, min(n, whole))
-            if kind in (NO_CLUSTER, NO_TABLE):
-                n_clusters = self._geometry.clusters(n)
-                self._link(kind, pos, array("Q", [ZERO_CLUSTER]) * n_clusters, None)
-                return n
-        return 0
+            kind, _, n = self._clusters.lookup(pos, whole)
+            if kind is FOUND:
+                return 0
+            self._link_zero_clusters(kind, pos, n)
+            return n
+
+    def _split(self, pos: int, n: int) -> tuple[int, int]:
+        """Of n bytes from pos on: (those before the first whole cluster, those in whole clusters)."""
+        head = min(-pos & self._cluster_mask, n)
+        # What lies past the end of the device does not matter.
+        end = pos + n
+        return head, n - head if end == self.size else max(self._geometry.start_of_cluster(end) - pos - head, 0)
+
+    def _link_zero_clusters(self, kind: Kind, pos: int, n: int) -> None:
+        """Zero clusters for n bytes from pos on that have nothing yet.  Gate and L2 lock are held."""
+        if kind in (NO_CLUSTER, NO_TABLE):
+            self._link(kind, pos, array("Q", (ZERO_CLUSTER,)) * self._geometry.clusters(n), None)
+
+    def _unlink(self, pos: int, length: int) -> int:
+        """Free the whole clusters of a FOUND run, or some; they read as zeros then.  Returns as _zero_run."""
+        with self._gate, self._clusters.table_locks.hold(pos >> self._geometry.l1_shift):
+            kind, offset, n = self._clusters.lookup(pos, length)
+            if kind is not FOUND:
+                return 0
+            clusters = self._geometry.clusters(n)
+            nothing = UNALLOCATED if self.backing is None else ZERO_CLUSTER
+            self._link(kind, pos, array("Q", (nothing,)) * clusters, None)
+            self._allocator.free(Extent(offset, clusters, False))
+            return n
+
+    def zero_is_fast(self, pos: int, length: int, may_trim: bool) -> bool:
+        """Whether zero() would write no data now."""
+        self._check_range(pos, length)
+        while length:
+            kind, _, n = self._clusters.lookup(pos, length)
+            has_data = kind is FOUND or (kind is not ZERO and self.backing is not None and pos < self.backing.size)
+            if has_data and (self._split(pos, n) != (0, n) or (kind is FOUND and not may_trim)):
+                return False
+            pos += n
+            length -= n
+        return True
+
+    def trim(self, pos: int, length: int) -> None:
+        """Free the whole clusters in guest positions [pos, pos + length), which then read as zeros."""
+        self._check_range(pos, length)
+        with self._in_flight.request():
+            while length:
+                kind, _, n = self._clusters.lookup(pos, length)
+                if kind is FOUND:
+                    head, whole = self._split(pos, n)
+                    if head or not whole:
+                        n = head or n
+                    else:
+                        n = self._unlink(pos, whole)
+                pos += n
+                length -= n
 
     def add_zero_clusters(self, pos: int, length: int) -> None:
         """Make the clusters of a range that this image does not have zero clusters, whatever is below it.
@@ -346,9 +425,7 @@ class WritableRequests(Requests):
         while length:
             with self._gate, self._clusters.table_locks.hold(pos >> self._geometry.l1_shift):
                 kind, _, n = self._clusters.lookup(pos, length)
-                if kind in (NO_CLUSTER, NO_TABLE):
-                    entries = array("Q", [ZERO_CLUSTER]) * self._geometry.clusters(n)
-                    self._link(kind, pos, entries, None)
+                self._link_zero_clusters(kind, pos, n)
             pos += n
             length -= n
 
@@ -366,7 +443,10 @@ class ClosedRequests(Requests):
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:
         self._check_range(pos, len(buf))
 
-    def zero(self, pos: int, length: int) -> None:
+    def zero(self, pos: int, length: int, may_trim: bool = False) -> None:
+        self._check_range(pos, length)
+
+    def trim(self, pos: int, length: int) -> None:
         self._check_range(pos, length)
 
     def add_zero_clusters(self, pos: int, length: int) -> None:

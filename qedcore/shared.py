@@ -14,6 +14,7 @@ from .affinity import Crowd
 from .chain import open_image
 from .errors import RequestError
 from .image import DEFAULT_L2_CACHE, QEDImage
+from .in_flight import InFlight
 from .locks import Rank, ranked_lock
 from .sizes import parse_size
 from .storage.file import cache_mode
@@ -32,6 +33,7 @@ class SharedImage:
         self._trace_line = trace_line
         self._values: dict[str, str] = {}
         self.crowd = Crowd()
+        self._in_flight = InFlight()  # also requests on the retired image
         self._lock = ranked_lock(Rank.SHARED)
         self._retired: QEDImage | None = None  # the read-only one, whose last requests may still be in flight
         self.image: QEDImage  # exists after check(); replaced once, by open()
@@ -80,6 +82,7 @@ class SharedImage:
             trace=trace,
             trace_dialect=trace.dialect if trace else "7.2",
             log=self._log,
+            in_flight=self._in_flight,
         )
 
     def open(self, readonly: bool) -> None:

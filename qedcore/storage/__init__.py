@@ -36,6 +36,10 @@ class Storage(Protocol):
         """Make the file `size` bytes long; bytes gained read as zeros."""
         ...
 
+    def punch(self, offset: int, length: int) -> bool:
+        """Give back the space of a range inside the file, which then reads as zeros; False if that cannot be done."""
+        ...
+
     def flush(self) -> None: ...
 
     def identity(self) -> object:

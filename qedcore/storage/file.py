@@ -10,11 +10,14 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Callable
 
 from ..errors import RequestError, StorageError
 from . import ReadBuffer, Storage, WriteBuffer
 from .flush import GroupCommit
 
+_PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, with FALLOC_FL_KEEP_SIZE as it must be
 _IOV_BYTES = 1 << 30  # one system call moves less than 2 GiB
 
 
@@ -42,6 +45,29 @@ def cache_mode(name: str) -> CacheMode:
         return CACHE_MODES[name]
     except KeyError:
         raise RequestError(f"cache={name} is not one of {', '.join(CACHE_MODES)}") from None
+
+
+@cache
+def _fallocate() -> Callable[[int, int, int, int], int]:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    function = getattr(libc, "fallocate64", None) or libc.fallocate
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
+        return ctypes.get_errno() if function(fd, mode, offset, length) else 0
+
+    return fallocate
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """fallocate(2), which the os module does not have, for a hole.  Raises OSError."""
+    code = errno.EINTR
+    while code == errno.EINTR:
+        code = _fallocate()(fd, _PUNCH_HOLE, offset, length)
+    if code:
+        raise OSError(code, os.strerror(code))
 
 
 class FileStorage:
@@ -127,6 +153,15 @@ class FileStorage:
                     f"cannot make {self.name} {size} bytes long: it is not a regular file", code=errno.ENOSPC
                 ) from None
             raise StorageError(f"cannot make {self.name} {size} bytes long", error) from None
+
+    def punch(self, offset: int, length: int) -> bool:
+        try:
+            punch_hole(self.fd, offset, length)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
+                return False
+            raise self._failed("punch", length, offset, error) from None
+        return True
 
     def flush(self) -> None:
         self._commit.flush()

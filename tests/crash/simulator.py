@@ -102,6 +102,10 @@ class RecordingStorage:
     def truncate(self, size: int) -> None:
         self._do(Op(size=size))
 
+    def punch(self, offset: int, length: int) -> bool:
+        self.pwrite(bytes(length), offset)
+        return True
+
     def _do(self, op: Op) -> None:
         op.apply(self.disk)
         self.log.append(op)

@@ -148,7 +148,14 @@ def workload(setup: Setup, rng: random.Random, subsets: int, states: list[int], 
         sector = min(rng.choice(hot) + rng.randrange(20), SIZE // SECTOR - n)
         if choice < 0.35:
             model.begin(sector * SECTOR, bytes(n * SECTOR))
-            image.zero(sector * SECTOR, n * SECTOR)
+            image.zero(sector * SECTOR, n * SECTOR, may_trim=choice < 0.28)
+        elif choice < 0.45:
+            n *= 8
+            sector = min(sector, SIZE // SECTOR - n)
+            model.begin(sector * SECTOR, bytes(n * SECTOR))
+            image.trim(sector * SECTOR, n * SECTOR)
+            # Which of it was freed is the engine's choice; from now on it is what reads back.
+            model.begin(sector * SECTOR, image.pread(n * SECTOR, sector * SECTOR))
         else:
             data = b"".join(stamp(step + 1, s) for s in range(sector, sector + n))
             model.begin(sector * SECTOR, data)
@@ -158,7 +165,8 @@ def workload(setup: Setup, rng: random.Random, subsets: int, states: list[int], 
     storage.on_op = lambda: None
     image.close()
     model.flushed()
-    assert walk(image).referenced == storage.disk.size // image.geometry.cluster_size, "leaks without a crash"
+    leaks = storage.disk.size // image.geometry.cluster_size - walk(image).referenced
+    assert leaks == image._allocator._free.n, "leaks without a crash"
     for name, disk in crash_states(storage, rng, subsets):
         check_state(setup, disk, model, rng, f"after close, {name}")
     return storage
@@ -275,19 +283,28 @@ def publish_before_write(patch: pytest.MonkeyPatch) -> None:
 
 
 def reuse_before_durable(patch: pytest.MonkeyPatch) -> None:
-    """Clusters are handed out again, as fresh ones, right after they were written."""
-    allocate = Allocator.allocate
-    last: list[Extent] = []
+    """Freed clusters are handed out again while a crash may bring the entry back that points to them."""
 
-    def eager(allocator: Allocator, n: int) -> Extent:
-        if last and last[-1].n >= n and n == 1:
-            return last.pop()
-        extent = allocate(allocator, n)
-        if n == 1:
-            last[:] = [extent]
-        return extent
+    def eager(allocator: Allocator, extent: Extent) -> None:
+        allocator._storage.punch(extent.offset, extent.n << allocator._geometry.l2_shift)
+        allocator.release(extent)
 
-    patch.setattr(Allocator, "allocate", eager)
+    patch.setattr(Allocator, "free", eager)
+
+
+def reuse_before_hole_is_durable(patch: pytest.MonkeyPatch) -> None:
+    """A crash may fill the hole with what was there, under a cluster that counts as fresh."""
+    flush = Allocator.flush
+
+    def eager(allocator: Allocator) -> None:
+        allocator._storage.flush()
+        storage, allocator._storage = allocator._storage, DeafStorage(allocator._storage)
+        try:
+            flush(allocator)
+        finally:
+            allocator._storage = storage
+
+    patch.setattr(Allocator, "flush", eager)
 
 
 HAZARDS = {
@@ -299,6 +316,7 @@ HAZARDS = {
     prefill_zero_cluster_from_backing: True,
     publish_before_write: False,
     reuse_before_durable: False,
+    reuse_before_hole_is_durable: False,
 }
 
 

@@ -15,7 +15,7 @@ from qedcore.storage import Storage
 from qedcore.storage.file import CacheMode, open_storage
 
 WAIT = 20  # seconds: nothing waits this long unless something is broken
-CHANGES = ("pwrite", "pwritev", "truncate", "flush")
+CHANGES = ("pwrite", "pwritev", "truncate", "punch", "flush")
 
 
 class MemoryStorage:
@@ -46,6 +46,10 @@ class MemoryStorage:
     def truncate(self, size: int) -> None:
         del self.data[size:]
         self.data += bytes(size - len(self.data))
+
+    def punch(self, offset: int, length: int) -> bool:
+        self.data[offset : offset + length] = bytes(length)
+        return True
 
     def flush(self) -> None:
         pass
@@ -103,6 +107,9 @@ class Tap:
 
     def truncate(self, size: int) -> None:
         self._do(Call("truncate", size), lambda: self.inner.truncate(size))
+
+    def punch(self, offset: int, length: int) -> bool:
+        return bool(self._do(Call("punch", offset, length), lambda: self.inner.punch(offset, length)))
 
     def flush(self) -> None:
         self._do(Call("flush"), self.inner.flush)

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "qedcore"
 # Lowest first.  A module may import those of lower layers only; a new module gets its place here.
 LAYERS = (
     ("errors",),
-    ("locks", "trace", "sizes", "thread_state", "affinity"),
+    ("locks", "trace", "sizes", "thread_state", "affinity", "free", "in_flight"),
     ("geometry", "storage"),
     ("storage.flush",),
     ("storage.file",),
