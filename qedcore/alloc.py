@@ -151,6 +151,10 @@ class Allocator:
         except StorageError:
             return False
 
+    @property
+    def free_clusters(self) -> int:
+        return self._free.n
+
     def _worth_reclaiming(self) -> bool:
         """Whether a flush frees enough: what is not used again makes the file grow by as much."""
         with self._lock:

@@ -26,6 +26,8 @@ from .table import Table, empty
 
 WINDOW = 32 * MiB  # bytes rewritten between flushes: enough for them not to matter
 COPY_STEP = 1 * MiB  # bytes copied with one read and one write; larger buffers cost more in page faults
+TIDY_BYTES = 256 * MiB  # moved at most when an image is closed: a second or two
+TIDY_CLUSTERS = 1 << 20  # of a file whose layout is looked at for that
 _CHUNK_BITS = 10  # slots per chunk of a SlotMap: 8 KiB each
 
 FREE = 0
@@ -437,6 +439,21 @@ def pack(metadata: Metadata) -> None:
     arrangement.pack()
     arrangement.cut()
     metadata.reload()
+
+
+def tidy(image: QEDImage) -> int:
+    """Before closing: fill the holes that freeing has left in the file, from its end, if that is little work.
+
+    Returns the clusters that stay free inside the file, leaks to the next who opens it.  No request may be in
+    flight.  Raises as pack.
+    """
+    holes = image.holes()
+    geo = image.geometry
+    if not holes or holes << geo.l2_shift > TIDY_BYTES or image.storage.size() >> geo.l2_shift > TIDY_CLUSTERS:
+        return holes
+    with image.maintenance() as metadata:
+        pack(metadata)
+    return 0
 
 
 def compact(image: QEDImage, *, zeros: bool = False, progress: Callable[[int], None] = lambda done: None) -> None:

@@ -228,6 +228,14 @@ class QEDImage:
         else:
             self._allocator.flush()
 
+    def holes(self) -> int:
+        """Clusters that are free inside the file; its free tail is given back first.  No request may be in flight."""
+        self._check_open()
+        if self._gate is None:
+            return 0
+        self._gate.clear()
+        return 0 if self.header.need_check else self._allocator.free_clusters
+
     def extents(self, pos: int, length: int, one: bool = False) -> list[tuple[int, Kind]]:
         """(bytes, FOUND or ZERO) of the runs of a range, through the whole chain; with `one` only the first."""
         return self._requests.extents(pos, length, one)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Callable
 
 from .affinity import Crowd
 from .chain import open_image
-from .errors import RequestError
+from .errors import QEDError, RequestError
 from .image import DEFAULT_L2_CACHE, QEDImage
 from .in_flight import InFlight
 from .locks import Rank, ranked_lock
@@ -103,7 +103,25 @@ class SharedImage:
         with self._lock:
             try:
                 if hasattr(self, "image"):
+                    self._tidy(self.image)
                     self.image.close()
             finally:
                 if self._retired is not None:
                     self._retired.close()
+
+    def _tidy(self, image: QEDImage) -> None:
+        """An error in this is none in what clients were told."""
+        if not image.writable:
+            return
+        from .compact import tidy
+
+        try:
+            holes = tidy(image)
+        except QEDError as error:
+            self._log(str(error))
+        else:
+            if holes:
+                name = image.storage.name
+                self._log(
+                    f"{name}: {holes} clusters inside the file are free: give them back with qed check -r leaks"
+                )

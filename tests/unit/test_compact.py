@@ -14,8 +14,9 @@ from unit.crashes import World, check_crashes, guest
 
 import qedcore
 from qedcore import compact as module
-from qedcore.compact import compact, pack
+from qedcore.compact import compact, pack, tidy
 from qedcore.errors import CorruptImageError, QEDError, ReadOnlyError, StorageError
+from qedcore.shared import SharedImage
 
 CS = 4 * KiB
 SMALL = {"cluster_size": CS, "table_size": 1}  # 512 entries: 2 MiB for one L2 table
@@ -348,3 +349,46 @@ def test_stopped_anywhere(image: Image, small_window: None, kind: type[BaseExcep
         assert guest(path) == before
         stop_at += 1
     assert stop_at > 15
+
+
+@pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
+@pytest.mark.parametrize("idle", [False, True], ids=["dirty", "clean already"])
+def test_tidy(image: Image, tmp_path: Path, backing: bool, idle: bool) -> None:
+    """What freeing left inside the file is filled from its end."""
+    path = image(**spec_of({"layout": dict.fromkeys(range(100), "data")}, tmp_path, backing)).path
+    with qedcore.open_image(path) as img:
+        end = path.stat().st_size
+        for cluster in (3, 4, 50, 99):
+            img.trim(cluster * CS, CS)
+        img.pwrite(b"x" * CS, 4 * CS)
+        if idle:
+            assert img._gate is not None and img._gate.clear()
+        before = img.pread(img.size, 0)
+        assert tidy(img) == 0
+        assert img.pread(img.size, 0) == before
+        img.pwrite(b"y" * CS, 50 * CS)  # and it goes on
+    assert path.stat().st_size == end - 2 * CS
+    assert_sound(path)
+    assert guest(path) == before[: 50 * CS] + b"y" * CS + before[51 * CS :]
+
+
+def test_tidy_leaves_much_work(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TIDY_BYTES", 2 * CS)
+    path = image(**SMALL, size=100 * CS, layout=dict.fromkeys(range(100), "data")).path
+    lines: list[str] = []
+    shared = SharedImage(lines.append, lines.append)
+    shared.configure("file", str(path))
+    shared.check()
+    shared.open(readonly=False)
+    shared.image.trim(10 * CS, 3 * CS)
+    shared.close()
+    assert lines == [f"{path}: 3 clusters inside the file are free: give them back with qed check -r leaks"]
+    assert len(assert_sound(path, leaks=3).leaks) == 3
+
+
+def test_tidy_with_nothing_to_do_changes_nothing(image: Image) -> None:
+    path = image(**SMALL, size=100 * CS, layout="DDD", leaks=2).path
+    content = path.read_bytes()
+    with qedcore.open_image(path) as img:
+        assert tidy(img) == 0
+    assert path.read_bytes() == content

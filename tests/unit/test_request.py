@@ -657,6 +657,55 @@ def test_a_table_made_after_the_file_shrank(tapped: Tapped) -> None:
     assert img.pread(2 * CS, far) == b"x" * CS * 2
 
 
+@pytest.mark.parametrize("retired", [False, True], ids=["same image", "read-only opening"])
+def test_no_reuse_under_a_reader(tapped: Tapped, retired: bool) -> None:
+    """It looked its cluster up before that was freed: it reads what was there or zeros, never another's data."""
+    img, tap, built = tapped(layout=dict.fromkeys(range(40), "data"), size=4 * MiB)
+    gate = Gate()
+    stopped = stop_at(gate, lambda call: call.name == "pread" and call.length == 7 * KiB)
+    if retired:  # as SharedImage has it: the connections of before still use the read-only one
+        other, _ = open_tapped(built.path, stopped, writable=False, in_flight=img._requests._in_flight)
+    else:
+        other = img
+        tap.hook = stopped
+    before = img.pread(KiB, 100)
+    reader = Job(other.pread, 7 * KiB, 100)
+    gate.reached()
+    img.trim(0, 40 * CS)
+    img.flush()
+    for n in range(40):
+        img.pwrite(b"new" * 21000, n * CS)
+    gate.open()
+    assert reader.result()[:KiB] in (before, bytes(KiB))
+    if retired:
+        other.close()
+    img.flush()
+    end = os.path.getsize(built.path)
+    img.trim(0, 40 * CS)
+    img.pwrite(b"new" * 21000, 0)
+    assert os.path.getsize(built.path) == end  # now it is reused
+
+
+def test_no_reuse_under_a_writer_in_place(tapped: Tapped) -> None:
+    gate = Gate()
+    img, tap, built = tapped(layout=dict.fromkeys(range(40), "data"), size=4 * MiB)
+    tap.hook = stop_at(gate, lambda call: call.name == "pwrite" and call.length == 7 * KiB)
+    writer = Job(img.pwrite, b"old" + bytes(7 * KiB - 3), 100)
+    gate.reached()
+    img.trim(0, 40 * CS)
+    img.flush()
+    for n in range(40):
+        img.pwrite(b"new" * 21000, n * CS)
+    content = img.pread(40 * CS, 0)
+    gate.open()
+    writer.result()
+    assert img.pread(40 * CS, 0) == content
+    img.flush()
+    img.trim(0, 40 * CS)  # what was written into the hole meanwhile does not show in the next cluster there
+    img.pwrite(b"x", 5)
+    assert img.pread(40 * CS, 0) == bytes(5) + b"x" + bytes(40 * CS - 6)
+
+
 # Reused clusters
 
 
