@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .alloc import Extent, NeedCheckGate
+from .claims import Claim
 from .cluster import FOUND, ClusterMap, Kind
 from .errors import QEDError, StorageError
 from .geometry import SECTOR
@@ -270,9 +271,9 @@ class TracedWritableRequests(TracedRequests, WritableRequests):
         cluster = offset - (pos & self._cluster_mask) if kind is FOUND else 0
         probe.trace("qed_aio_write_data", id(self._storage), probe.acb, int(kind), cluster, len(view))
 
-    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> int:
-        self._next_write(kind, 0, view, pos)  # looked up again
-        return super()._allocating_write(kind, view, pos)
+    def _allocating_write(self, claim: Claim, view: memoryview, pos: int) -> int:
+        self._next_write(claim.kind, 0, view, pos)  # looked up again
+        return super()._allocating_write(claim, view, pos)
 
     def prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
         probe = self.probe

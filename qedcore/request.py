@@ -7,9 +7,9 @@ A request is cut into runs of one kind (cluster.lookup).
     ZERO             zeros                allocate, filling with zeros
     L2, L1 (nothing) the backing file     allocate, filling from the backing file
 
-An allocating write:   gate > L2 lock > look up again > allocate > data (+ head and tail) > [flush] > link
-Locks are taken in that order and held to the end of the link; the L1 lock only inside link_table.
+An allocating write:   gate > claim (claims.py) > allocate > data (+ head and tail) > [flush] > L2 lock > link
 An unlinking zero or trim:   gate > L2 lock > look up again > link nothing, or zero clusters > free (alloc.py, I2)
+The L1 lock is taken inside link_table only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from threading import get_ident
 from typing import Protocol
 
 from .alloc import Allocator, Extent, NeedCheckGate
-from .cluster import FOUND, NO_CLUSTER, NO_TABLE, ZERO, ClusterMap, Kind
+from .claims import Claim, Claims
+from .cluster import FOUND, NO_TABLE, ZERO, ClusterMap, Kind
 from .errors import ReadOnlyError, RequestError, ShutdownError
 from .geometry import UNALLOCATED, ZERO_CLUSTER, MiB
 from .in_flight import InFlight
@@ -198,6 +199,7 @@ class WritableRequests(Requests):
         super().__init__(storage, clusters, size, in_flight)
         self._allocator = allocator
         self._gate = gate
+        self._claims = Claims()
 
     # -- writes ------------------------------------------------------------------------------------------------
 
@@ -229,31 +231,73 @@ class WritableRequests(Requests):
         if kind is FOUND:
             self.write_data(offset, view)
             return len(view)
-        with self._gate, self._clusters.table_locks.hold(pos >> self._geometry.l1_shift):
-            kind, _, n = self._clusters.lookup(pos, len(view))
-            if kind is FOUND:
+        with self._gate:
+            claim = self._claim(pos, len(view))
+            if claim is None:
                 return 0
-            return self._allocating_write(kind, view[:n], pos)
+            try:
+                return self._allocating_write(claim, view, pos)
+            finally:
+                self._claims.give_up(claim)
+
+    def _claim(self, pos: int, length: int) -> Claim | None:
+        """Claim the clusters of the run at pos, which has no data; None if it must be looked up again.  Gate held."""
+        with self._clusters.table_locks.hold(pos >> self._geometry.l1_shift):
+            kind, _, n = self._clusters.lookup(pos, length)
+            if kind is FOUND:
+                return None
+            first, end = pos >> self._l2_shift, self._geometry.clusters(pos + n)
+            other = self._claims.find(first, end)
+            if other is None:
+                return self._claims.add(first, end, kind)
+        other.wait()
+        return None
 
     def write_data(self, offset: int, view: memoryview) -> None:
         self._storage.pwrite(view, offset)
 
-    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> int:
-        """Write a run that has no clusters yet, or its first part; returns the bytes.  Gate and L2 lock are held."""
-        geo = self._geometry
+    def _allocating_write(self, claim: Claim, view: memoryview, pos: int) -> int:
+        """Write a claimed run, or its first part; returns the bytes.  The gate is held."""
+        geo, kind = self._geometry, claim.kind
         into = pos & geo.cluster_mask
-        extent = self._allocator.allocate(geo.clusters(into + len(view)))
+        extent = self._allocator.allocate(claim.end - claim.first)
         n = extent.n
         view = view[: (n << geo.l2_shift) - into]
+        # The data before the entry: a crash must not show zeros where the backing file's data was, nor what a reused
+        # cluster held before.  It may also lose the growth of the file: the repair then drops the entry, and what is
+        # below would show where zeros were.
+        must_flush = not extent.fresh or self.backing is not None
         try:
             head = self.prefill(kind, pos - into, into, extent)
             tail = self.postfill(kind, pos + len(view), (n << geo.l2_shift) - into - len(view), extent)
             self.write_main(extent.offset + into, head, view, tail)
+            if must_flush and kind is not NO_TABLE:  # a new table is flushed with its data
+                self._storage.flush()
+                must_flush = False
         except BaseException:
             self._allocator.release(extent)
             raise
-        self._link(kind, pos, contiguous(extent.offset, n, geo.cluster_size), extent)
+        self._link_data(pos, extent, must_flush)
         return len(view)
+
+    def _link_data(self, pos: int, extent: Extent, must_flush: bool) -> None:
+        """Link new data clusters for pos.  The gate and a claim are held."""
+        entries = contiguous(extent.offset, extent.n, self._cluster_size)
+        table_lock = self._clusters.table_locks.hold(pos >> self._geometry.l1_shift)
+        with table_lock:
+            if not self._clusters.l2_offset(pos):
+                self._link_new_table(pos, entries, extent)
+                return
+            if not must_flush:
+                self._link(pos, entries)
+                return
+        try:
+            self._storage.flush()  # another write has made the table meanwhile
+        except BaseException:
+            self._allocator.release(extent)
+            raise
+        with table_lock:
+            self._link(pos, entries)
 
     def prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
         """The bytes of the first cluster before the request, from pos on: those to be written with the data."""
@@ -290,19 +334,8 @@ class WritableRequests(Requests):
         else:
             self._storage.pwrite(view, offset)
 
-    def _link(self, kind: Kind, pos: int, entries: Table, extent: Extent | None) -> None:
-        """Make the L2 table say `entries` from pos on.  `extent` holds their data, if they have any."""
-        if kind is NO_TABLE:
-            self._link_new_table(pos, entries, extent)
-            return
-        if extent is not None and ((self.backing is not None and kind is not ZERO) or not extent.fresh):
-            # The data before the entry: a crash must not show zeros where the backing file's data was, nor what a
-            # reused cluster held before.  (Zeros instead of data that replaces zeros are what was there before.)
-            try:
-                self._storage.flush()
-            except BaseException:
-                self._allocator.release(extent)
-                raise
+    def _link(self, pos: int, entries: Table) -> None:
+        """Make the L2 table, which exists, say `entries` from pos on.  L2 lock held."""
         try:
             self._clusters.link(pos, entries)
         except BaseException:
@@ -310,6 +343,7 @@ class WritableRequests(Requests):
             raise
 
     def _link_new_table(self, pos: int, entries: Table, extent: Extent | None) -> None:
+        """Make an L2 table with `entries` from pos on; `extent` holds their data, if they have any.  L2 lock held."""
         clusters = self._clusters
         new = None
         try:
@@ -358,12 +392,8 @@ class WritableRequests(Requests):
         if head or not whole:
             n = min(n, head or n, len(_ZEROS))
             return self.write_run(kind, offset, memoryview(_ZEROS)[:n], pos)
-        with self._gate, self._clusters.table_locks.hold(pos >> self._geometry.l1_shift):
-            kind, _, n = self._clusters.lookup(pos, whole)
-            if kind is FOUND:
-                return 0
-            self._link_zero_clusters(kind, pos, n)
-            return n
+        with self._gate:
+            return self._link_zero_clusters(pos, whole)
 
     def _split(self, pos: int, n: int) -> tuple[int, int]:
         """Of n bytes from pos on: (those before the first whole cluster, those in whole clusters)."""
@@ -372,10 +402,25 @@ class WritableRequests(Requests):
         end = pos + n
         return head, n - head if end == self.size else max(self._geometry.start_of_cluster(end) - pos - head, 0)
 
-    def _link_zero_clusters(self, kind: Kind, pos: int, n: int) -> None:
-        """Zero clusters for n bytes from pos on that have nothing yet.  Gate and L2 lock are held."""
-        if kind in (NO_CLUSTER, NO_TABLE):
-            self._link(kind, pos, array("Q", (ZERO_CLUSTER,)) * self._geometry.clusters(n), None)
+    def _link_zero_clusters(self, pos: int, length: int) -> int:
+        """Zero clusters for the run at pos where it has nothing yet; returns as _zero_run.  The gate is held."""
+        with self._clusters.table_locks.hold(pos >> self._geometry.l1_shift):
+            kind, _, n = self._clusters.lookup(pos, length)
+            if kind is FOUND:
+                return 0
+            if kind is ZERO:
+                return n
+            first, end = pos >> self._l2_shift, self._geometry.clusters(pos + n)
+            other = self._claims.find(first, end)
+            if other is None:
+                entries = array("Q", (ZERO_CLUSTER,)) * (end - first)
+                if kind is NO_TABLE:
+                    self._link_new_table(pos, entries, None)
+                else:
+                    self._link(pos, entries)
+                return n
+        other.wait()
+        return 0
 
     def _unlink(self, pos: int, length: int) -> int:
         """Free the whole clusters of a FOUND run, or some; they read as zeros then.  Returns as _zero_run."""
@@ -385,7 +430,7 @@ class WritableRequests(Requests):
                 return 0
             clusters = self._geometry.clusters(n)
             nothing = UNALLOCATED if self.backing is None else ZERO_CLUSTER
-            self._link(kind, pos, array("Q", (nothing,)) * clusters, None)
+            self._link(pos, array("Q", (nothing,)) * clusters)
             self._allocator.free(Extent(offset, clusters, False))
             return n
 
@@ -423,9 +468,10 @@ class WritableRequests(Requests):
         """
         self._check_range(pos, length)
         while length:
-            with self._gate, self._clusters.table_locks.hold(pos >> self._geometry.l1_shift):
-                kind, _, n = self._clusters.lookup(pos, length)
-                self._link_zero_clusters(kind, pos, n)
+            kind, _, n = self._clusters.lookup(pos, length)
+            if kind is not FOUND:
+                with self._gate:
+                    n = self._link_zero_clusters(pos, n)
             pos += n
             length -= n
 

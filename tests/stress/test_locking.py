@@ -12,6 +12,7 @@ import pytest
 from support.server import wait_for
 
 import qedcore
+from qedcore.claims import Claim
 
 KiB, MiB = 1024, 1024 * 1024
 CLUSTER = 4 * KiB
@@ -76,12 +77,37 @@ def test_tables_run_in_parallel(path: Path, event: str, positions: tuple[int, in
 
 
 @pytest.mark.parametrize("table", [1, 5], ids=["table exists", "table missing"])
-@pytest.mark.parametrize("same_cluster", [False, True], ids=["other cluster", "same cluster"])
-def test_one_table_takes_turns(path: Path, table: int, same_cluster: bool) -> None:
-    """While one allocating write is between its data and its entry, another in that table waits at the lock."""
+def test_clusters_of_one_table_run_in_parallel(path: Path, table: int) -> None:
+    """The data of two allocating writes in one L2 table is written at the same time."""
     hook = Hook()
-    inside, leave = threading.Event(), threading.Event()
+    meeting = threading.Barrier(2)
+
+    def meet(name: str) -> None:
+        if name == "write_aio":
+            meeting.wait(SECONDS)
+
+    with qedcore.open_image(path, fault=hook) as image:
+        hook.call = meet
+        pos = table * REACH + 9 * CLUSTER
+        writers = [start(lambda at=at: image.pwrite(b"new", at)) for at in (pos, pos + CLUSTER)]  # type: ignore[misc]
+        finish(*writers)
+        hook.call = lambda name: None
+        assert not meeting.broken
+        assert image.pread(3, pos) == image.pread(3, pos + CLUSTER) == b"new"
+
+
+@pytest.mark.parametrize("hiding", [False, True], ids=["write", "zero"])
+@pytest.mark.parametrize("table", [1, 5], ids=["table exists", "table missing"])
+def test_one_cluster_takes_turns(path: Path, table: int, hiding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one allocating write is between its data and its entry, others wait for its cluster."""
+    hook = Hook()
+    inside, leave, waiting = threading.Event(), threading.Event(), threading.Event()
     steps: list[str] = []
+    wait = Claim.wait
+
+    def announced(claim: Claim) -> None:
+        waiting.set()
+        wait(claim)
 
     def stop_first(name: str) -> None:
         if name in ("write_aio", "l2_update"):
@@ -90,24 +116,26 @@ def test_one_table_takes_turns(path: Path, table: int, same_cluster: bool) -> No
                 inside.set()
                 assert leave.wait(SECONDS)
 
+    monkeypatch.setattr(Claim, "wait", announced)
+    path.with_name("base").write_bytes(b"b" * SIZE)
+    with qedcore.open_image(path) as image, image.maintenance() as metadata:
+        metadata.header.set_backing("base", raw=True)
     with qedcore.open_image(path, fault=hook) as image:
         hook.call = stop_first
         pos = table * REACH + 9 * CLUSTER
-        other = pos + 512 if same_cluster else pos + CLUSTER
         first = start(lambda: image.pwrite(b"1st", pos))
         assert inside.wait(SECONDS)
-        second = start(lambda: image.pwrite(b"2nd", other))
-        locks = image._clusters.table_locks._locks
-        wait_for(lambda: locks[table][1] == 2, "the second writer at the lock")
+        second = start(lambda: image.zero(pos, CLUSTER) if hiding else image.pwrite(b"2nd", pos + 512))
+        assert waiting.wait(SECONDS)
         assert steps == [f"{first.name} write_aio"]
         leave.set()
         finish(first, second)
-        expected = [f"{first.name} write_aio", f"{first.name} l2_update", f"{second.name} write_aio"]
-        if not same_cluster:  # else it finds the cluster and writes in place
-            expected.append(f"{second.name} l2_update")
-        assert steps == expected
-        assert (image.pread(3, pos), image.pread(3, other)) == (b"1st", b"2nd")
-    assert len(locks) == 0, "locks are dropped when nobody wants them"
+        # It finds the cluster, and writes in place.
+        assert steps == [f"{first.name} write_aio", f"{first.name} l2_update", f"{second.name} write_aio"]
+        content = bytearray(b"b" * CLUSTER)
+        content[:3], content[512:515] = b"1st", b"2nd"
+        assert image.pread(CLUSTER, pos) == (bytes(CLUSTER) if hiding else content)
+        assert not image._clusters.table_locks._locks, "locks are dropped when nobody wants them"
 
 
 def test_readers_and_in_place_writers_do_not_wait(path: Path) -> None:

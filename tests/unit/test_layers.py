@@ -28,6 +28,7 @@ LAYERS = (
     ("table", "create"),
     ("l2_cache", "check", "past_end"),
     ("cluster", "alloc", "scan"),
+    ("claims",),
     ("request", "trial"),
     ("image",),
     ("instrument", "compact"),  # instrument: traced children of all the classes below it

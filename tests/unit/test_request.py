@@ -355,7 +355,7 @@ def test_later_writes(tapped: Tapped) -> None:
     assert logged(tap) == [("pwrite", end + 5 * CS, 4 * CS), ("pwrite", table + 512, 1024)]
 
 
-@pytest.mark.parametrize(("layout", "pos"), [("D-", CS), ("D", 40 * CS)], ids=["none", "far"])
+@pytest.mark.parametrize(("layout", "pos"), [("D-", CS), ("DZ", CS), ("D", 40 * CS)], ids=["none", "zero", "far"])
 def test_with_backing_data_is_durable_before_its_entry(tapped: Tapped, layout: str, pos: int) -> None:
     img, tap, built = tapped(layout=layout, backing=MiB)
     img.pwrite(b"x" * 1000, pos + 500)
@@ -364,13 +364,6 @@ def test_with_backing_data_is_durable_before_its_entry(tapped: Tapped, layout: s
     data, flush, link = log[3:]
     assert data[0] == "pwrite" and built.end <= data[1] < built.end + CS
     assert (flush, link) == (FLUSH, ("pwrite", built.l2_offsets[0], 512))
-
-
-def test_data_in_place_of_zeros_needs_no_flush(tapped: Tapped) -> None:
-    """A crash that loses the data leaves zeros there, as before."""
-    img, tap, built = tapped(layout="DZ", backing=MiB)
-    img.pwrite(b"x" * 1000, CS + 500)
-    assert logged(tap) == [SET, FLUSH, GROW, ("pwrite", built.end + 500, 1000), ("pwrite", built.l2_offsets[0], 512)]
 
 
 def test_missing_table_with_backing(tapped: Tapped) -> None:
