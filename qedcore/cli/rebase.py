@@ -10,6 +10,7 @@ from ..errors import QEDError, RequestError, UnsupportedError
 from ..rebase import LoopError, change_name, open_base, rebase
 from ..request import Source
 from ..storage.file import open_storage
+from ..storage.lock import LockedError
 from .common import (
     Location,
     Progress,
@@ -62,12 +63,14 @@ def run(args: argparse.Namespace) -> int:
 def _rename(args: argparse.Namespace, where: Location) -> None:
     if where.path is None:
         raise UnsupportedError(f"Could not open '{where.name}': not a local file")
-    open_qed(where, follow=False).close()  # for its messages
+    open_qed(where, follow=False, force_share=True).close()  # for its messages
     if args.backing and not args.backing_format:
         raise _cannot_change(args.backing, RequestError("backing format must be specified"))
     try:
         opener = partial(open_storage, locking=where.locking)
         change_name(where.path, args.backing or None, args.backing_format == "raw", opener=opener)
+    except LockedError as error:
+        raise RequestError(f"Could not open '{where.name}': {open_reason(error)}") from error
     except QEDError as error:
         raise _cannot_change(args.backing, error) from None
 
@@ -87,7 +90,8 @@ def _rebase(args: argparse.Namespace, where: Location) -> None:
                 except LoopError:
                     raise
                 except QEDError as error:
-                    reason = open_reason(error, path)
+                    below = "Could not open backing file: " if ": its backing file: " in str(error) else ""
+                    reason = below + open_reason(error, path)
                     raise RequestError(f"Could not open new backing file '{args.backing}': {reason}") from error
             with Progress(args, image.size) as progress:
                 try:
