@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import select
-import signal
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -235,19 +234,13 @@ def test_what_stays_is_never_let_go(use: Callable[..., FileStorage], monkeypatch
 def test_the_locks_live_as_long_as_the_last_copy_of_the_file(use: Callable[..., FileStorage], path: Path) -> None:
     """nbdkit forks after the image was opened; and kill -9 is enough to free it."""
     storage = use(Use.WRITE)
-    pid = os.fork()
-    if pid == 0:
-        signal.pause()
-        os._exit(0)
-    pidfd = os.pidfd_open(pid)
+    child = subprocess.Popen(["sleep", "60"], pass_fds=[storage.fd])
     try:
         storage.close()
         assert locked_bytes(path) == LOCKED[Use.WRITE]
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        assert select.select([pidfd], [], [], 0)[0]
-        os.close(pidfd)
+        child.kill()
+        child.wait()
     assert locked_bytes(path) == set()
 
 
