@@ -1,4 +1,4 @@
-"""nbdkit plugin: nbdkit python qed.py file=IMAGE.qed [cache=MODE] [l2_cache=SIZE] [affinity=auto|off] [trace=EVENTS]
+"""nbdkit plugin: nbdkit python qed.py file=IMAGE.qed [cache=MODE] [l2_cache=SIZE] [lock=auto|on|off] ...
 
 Only the callbacks, the log and the mapping of errors; the engine is the package qedcore beside this directory.
 """

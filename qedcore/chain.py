@@ -20,6 +20,7 @@ from .in_flight import InFlight
 from .request import Source
 from .storage import Storage
 from .storage.file import CacheMode, cache_mode, open_storage
+from .storage.lock import LockedError
 
 _PROBE_BYTES = 512
 
@@ -134,17 +135,25 @@ class ChainOpener:
         try:
             storage = self._opener(path, writable, self._mode)
         except StorageError as error:
+            if isinstance(error, LockedError):  # perhaps by ourselves, further up
+                self._refuse_loop(path, error.identity, seen)
             if not overlays:
                 raise
             name = overlays[-1].storage.name
             raise StorageError(f"{name}: its backing file: {error}", code=error.errno) from None
-        if storage.identity() in seen:
+        try:
+            self._refuse_loop(path, storage.identity(), seen)
+        except UnsupportedError:
             storage.close()
-            raise UnsupportedError(
-                f"backing files form a loop: {path} is {seen[storage.identity()]}, which is above it in the chain"
-            )
+            raise
         seen[storage.identity()] = path
         return storage
+
+    def _refuse_loop(self, path: str, identity: object, seen: dict[object, str]) -> None:
+        if identity in seen:
+            raise UnsupportedError(
+                f"backing files form a loop: {path} is {seen[identity]}, which is above it in the chain"
+            )
 
     def _open_image(self, storage: Storage, writable: bool, in_flight: InFlight | None) -> QEDImage:
         try:

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from .errors import ImageFormatError, RequestError, StorageError
 from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, check_device_size, round_up
 from .header import FEATURE_BACKING_FILE, FEATURE_NO_PROBE, HEADER_BYTES, MAX_BACKING_NAME, Header
+from .storage.file import FileStorage
+from .storage.lock import Use
 
 
 def create(
@@ -62,27 +64,43 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     """Make a file that appears at `path` complete or not at all, in the place of what is there.
 
     Gives the name of an empty file in the same directory.  When the block ends, that file is made durable and renamed
-    to `path`, keeping the permissions of a file it replaces; when it raises, it is removed.  Raises StorageError.
+    to `path`, keeping the permissions of a file it replaces; when it raises, it is removed.  Raises StorageError,
+    LockedError at once when the file to be replaced is in use; until the end, nobody else can use it.
     """
-    path = os.path.realpath(path)
+    name, path = os.fspath(path), os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
         code = errno.EISDIR if os.path.isdir(path) else errno.EEXIST
         raise StorageError(f"cannot create {path}: it exists and is not a regular file", code=code)
     directory = os.path.dirname(path)
     temporary = os.path.join(directory, f".qed-{secrets.token_hex(8)}")
+    with _locked(name):
+        try:
+            open(temporary, "xb").close()
+            with suppress(OSError):
+                os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
+            yield temporary
+            _sync(temporary, os.O_RDWR)
+            os.replace(temporary, path)
+            _sync(directory, os.O_RDONLY | os.O_DIRECTORY)  # the name, too
+        except OSError as error:
+            raise StorageError(f"cannot create {path}", error) from None
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Nobody else uses the file at `path`, if there is one, until the block ends."""
+    if not os.path.exists(path):
+        yield
+        return
+    storage = FileStorage(path, writable=False)
     try:
-        open(temporary, "xb").close()
-        with suppress(OSError):
-            os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
-        yield temporary
-        _sync(temporary, os.O_RDWR)
-        os.replace(temporary, path)
-        _sync(directory, os.O_RDONLY | os.O_DIRECTORY)  # the name, too
-    except OSError as error:
-        raise StorageError(f"cannot create {path}", error) from None
+        storage.lock(Use.WRITE)
+        yield
     finally:
-        with suppress(OSError):
-            os.unlink(temporary)
+        storage.close()
 
 
 def _sync(path: str, flags: int) -> None:

@@ -13,12 +13,11 @@ from typing import NamedTuple, Union
 
 from .chain import RawSource
 from .cluster import FOUND, ZERO
-from .errors import StorageError
 from .geometry import SECTOR, MiB, round_up
 from .image import QEDImage
 from .request import Source
 from .storage import ReadBuffer, Storage, WriteBuffer
-from .storage.file import CacheMode, FileStorage, open_storage
+from .storage.file import FileStorage
 
 BUFFER = 1 * MiB  # bytes per read or write: system calls do not matter, and it stays in the processor's cache
 _ZEROS = bytes(BUFFER)
@@ -92,16 +91,6 @@ class RawImage:
 
 
 EndPoint = Union[QEDImage, RawImage]
-
-
-def open_raw(path: str, writable: bool = False, mode: CacheMode = CacheMode()) -> RawImage:
-    """Raises StorageError."""
-    storage = open_storage(path, writable, mode)
-    try:
-        return RawImage(storage, writable)
-    except StorageError:
-        storage.close()
-        raise
 
 
 def block_status(image: EndPoint, pos: int, length: int) -> Run:

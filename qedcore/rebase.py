@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Callable
 
-from .chain import probe, resolve
+from .chain import open_source, probe, resolve
 from .cluster import FOUND, ZERO
 from .errors import QEDError, RequestError
 from .geometry import MiB, round_up
@@ -21,8 +21,41 @@ from .image import QEDImage
 from .request import Source, find_data, read_chain
 from .storage import Storage
 from .storage.file import CacheMode, open_storage
+from .storage.lock import LockedError
 
 COMPARE_STEP = 1 * MiB  # bytes compared at once, at least one cluster; larger buffers cost more in page faults
+
+
+class LoopError(RequestError):
+    """A backing file that leads back to the image."""
+
+    def __init__(self, name: str | None) -> None:
+        super().__init__(f"Backing file '{name}' creates an infinite loop.")
+
+
+def open_base(
+    image: QEDImage,
+    path: str,
+    format: str | None,
+    name: str,
+    *,
+    cache: str = "writeback",
+    opener: Callable[[str, bool, CacheMode], Storage] = open_storage,
+) -> Source:
+    """Open the chain that `image`, which is open for writing, is to be put onto: open_source.
+
+    Raises LoopError besides.
+    """
+
+    def open_file(path: str, writable: bool, mode: CacheMode) -> Storage:
+        try:
+            return opener(path, writable, mode)
+        except LockedError as error:
+            if error.identity == image.storage.identity():  # locked by ourselves
+                raise LoopError(name) from None
+            raise
+
+    return open_source(path, format, cache=cache, opener=open_file)
 
 
 def rebase(
@@ -43,7 +76,7 @@ def rebase(
     layer = new
     while layer is not None:
         if layer.storage.identity() == image.storage.identity():
-            raise RequestError(f"Backing file '{name}' creates an infinite loop.")
+            raise LoopError(name)
         layer = layer.backing
     for kind, pos, data in _differences(image, new, progress):
         if kind is ZERO:
@@ -130,7 +163,7 @@ def change_name(
     try:
         header, _, _ = read_header(storage)
         if name and _leads_to(name, path, raw, storage.identity(), opener):
-            raise RequestError(f"Backing file '{name}' creates an infinite loop.")
+            raise LoopError(name)
         updater = HeaderUpdater(storage, header)
         if name:
             place_for_name(header, len(os.fsencode(name)))
@@ -149,6 +182,8 @@ def _leads_to(
         try:
             overlay = resolve(name, overlay)
             storage = opener(overlay, False, CacheMode())
+        except LockedError as error:
+            return error.identity == identity  # which is open for writing
         except QEDError:
             return False
         try:

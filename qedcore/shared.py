@@ -17,16 +17,49 @@ from .image import DEFAULT_L2_CACHE, QEDImage
 from .in_flight import InFlight
 from .locks import Rank, ranked_lock
 from .sizes import parse_size
-from .storage.file import cache_mode
+from .storage.file import CacheMode, FileStorage, cache_mode, open_storage
+from .storage.lock import Locking, Use, locking
 
 if TYPE_CHECKING:
     from .trace import TraceSelection
 
 
+class Opener:
+    """Opens the files of one image, which is read at first and may be written later.
+
+    Its lock is then raised on the descriptor that has it, and only then shared with the new one: no other program can
+    have written to the file since it was first read.
+    """
+
+    def __init__(self, locking: Locking) -> None:
+        self._locking = locking
+        self._reader: FileStorage | None = None  # the image itself, opened read-only
+
+    def __call__(self, path: str, writable: bool, mode: CacheMode) -> FileStorage:
+        if not writable or self._reader is None:
+            storage = open_storage(path, writable, mode, locking=self._locking)
+            self._reader = self._reader or storage
+            return storage
+        self._reader.lock(Use.WRITE, self._locking)
+        storage = open_storage(path, writable, mode, locking=Locking.OFF)
+        try:
+            if not storage.share_lock(self._reader):  # the file was replaced
+                storage.lock(Use.WRITE, self._locking)
+        except BaseException:
+            storage.close()
+            raise
+        return storage
+
+    def read_only(self) -> None:
+        """It could not be opened for writing: others may read it, too."""
+        if self._reader is not None:
+            self._reader.lock(Use.READ, self._locking)
+
+
 class SharedImage:
     """Configured by parameters, opened by check(), used through `image`."""
 
-    PARAMETERS = ("file", "cache", "l2_cache", "affinity", "trace")
+    PARAMETERS = ("file", "cache", "l2_cache", "lock", "affinity", "trace")
 
     def __init__(self, log: Callable[[str], None], trace_line: Callable[[str], None]) -> None:
         self._log = log  # takes one-line notices
@@ -35,6 +68,7 @@ class SharedImage:
         self.crowd = Crowd()
         self._in_flight = InFlight()  # also requests on the retired image
         self._lock = ranked_lock(Rank.SHARED)
+        self._opener = Opener(Locking.AUTO)
         self._retired: QEDImage | None = None  # the read-only one, whose last requests may still be in flight
         self.image: QEDImage  # exists after check(); replaced once, by open()
 
@@ -48,6 +82,8 @@ class SharedImage:
             cache_mode(value)
         elif name == "l2_cache":
             parse_size(value, name)
+        elif name == "lock":
+            self._opener = Opener(locking(value))
         elif name == "trace":
             self._selection(value)
         elif name == "affinity":
@@ -83,6 +119,7 @@ class SharedImage:
             trace_dialect=trace.dialect if trace else "7.2",
             log=self._log,
             in_flight=self._in_flight,
+            opener=self._opener,
         )
 
     def open(self, readonly: bool) -> None:
@@ -90,11 +127,15 @@ class SharedImage:
         with self._lock:
             if readonly or self.image.writable:
                 return
-            image = self._open(writable=True)
             try:
-                image.start_timer()
+                image = self._open(writable=True)
+                try:
+                    image.start_timer()
+                except BaseException:
+                    image.close()
+                    raise
             except BaseException:
-                image.close()
+                self._opener.read_only()
                 raise
             self._retired, self.image = self.image, image
 

@@ -12,7 +12,6 @@ from ..errors import ImageFormatError, RequestError, StorageError, UnsupportedEr
 from ..header import Header, read_header
 from ..scan import Scan, ScanResult
 from ..storage import Storage
-from ..storage.file import cache_mode, open_storage
 from .common import (
     PROGRAM,
     Location,
@@ -24,8 +23,8 @@ from .common import (
     locate,
     notice,
     only_image,
+    open_file,
     open_reason,
-    refuse_if_in_use,
 )
 
 HELP = "check an image, and repair it"
@@ -62,11 +61,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{PROGRAM}: This image format does not support checks", file=sys.stderr)
         return EXIT_UNSUPPORTED
     writable = args.repair is not None and not args.dry_run
-    refuse_if_in_use(where.path, writable, args.force_share)
-    try:
-        storage = open_storage(where.path, writable, cache_mode(args.source_cache or "writeback"))
-    except StorageError as error:
-        raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.path)}") from None
+    storage = open_file(where, writable, cache=args.source_cache, force_share=args.force_share)
     try:
         if args.repair is None:
             return _check(args, where, storage)

@@ -20,7 +20,6 @@ from .common import (
     notice,
     only_image,
     open_qed,
-    refuse_if_in_use,
     sized,
 )
 
@@ -54,7 +53,6 @@ class BaseChoice:
         self._depth += 1
         found = self._wanted is None or name == self._wanted or os.path.realpath(path) == self._wanted_path
         if found and not self.depth:
-            refuse_if_in_use(path, writable=True)
             self.depth = self._depth
             return True
         return False

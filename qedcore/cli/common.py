@@ -1,7 +1,7 @@
 """What the sub-commands share: options, the names of images, opening them with qemu-img's messages, progress.
 
 A command calls add_shared() with the letters of the options that it takes, locate() for each image name, and
-open_qed() or refuse_if_in_use() before it reads or writes one.
+open_qed(), open_end_point() or open_file() to read or write one: all of them lock it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from ..chain import open_image, probe
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
-from ..formats import EndPoint, open_raw
+from ..formats import EndPoint, RawImage
 from ..image import QEDImage
 from ..sizes import parse_qemu_size
-from ..storage import Storage
-from ..storage.file import CACHE_MODES, CacheMode, cache_mode, open_storage
+from ..storage.file import CACHE_MODES, CacheMode, FileStorage, cache_mode, open_storage
+from ..storage.lock import Locking
 
 # Under the name of the program that it stands in for, it also signs its messages as that one.
 PROGRAM = "qemu-img" if os.path.basename(sys.argv[0]) == "qemu-img" else "qed"
@@ -90,6 +90,7 @@ class Location(NamedTuple):
     name: str  # as given, for messages
     path: str | None  # of a local file; None when only QEMU knows how to get there
     format: str | None  # "qed", "raw" or another; None: to be probed
+    locking: Locking = Locking.AUTO  # of the file itself, not of its backing files
 
 
 def _options_of(text: str) -> dict[str, str]:
@@ -144,16 +145,24 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
         return Location(name, name, format)
     driver = options.pop("driver", None)
     if driver == "file":  # a protocol by itself: its bytes are the image
-        return Location(name, options.get("filename"), format or "raw")
+        return Location(name, options.get("filename"), format or "raw", _locking(name, options.get("locking")))
     format = driver or format
     path = options.pop("file.filename", None)
     plain = options.pop("file.driver", "file") == "file"
-    options.pop("file.locking", None)
+    file_locking = _locking(name, options.pop("file.locking", None))
     if format == "qed" and plain and path is not None and options:
         raise UnsupportedError(
             f"Could not open '{name}': Block format 'qed' does not support the option '{min(options)}'"
         )
-    return Location(name, path if plain and not options else None, format)
+    return Location(name, path if plain and not options else None, format, file_locking)
+
+
+def _locking(name: str, value: str | None) -> Locking:
+    """The option `locking` of an image's file."""
+    try:
+        return Locking("auto" if value is None else value)
+    except ValueError:
+        raise RequestError(f"Could not open '{name}': invalid parameter value: {value}") from None
 
 
 def find_format(where: Location) -> str:
@@ -161,7 +170,7 @@ def find_format(where: Location) -> str:
     if where.format is not None or where.path is None:
         return where.format or "unknown"
     try:
-        storage = open_storage(where.path, writable=False)
+        storage = FileStorage(where.path, writable=False)  # a look at an image in use does no harm
         try:
             return probe(storage)
         finally:
@@ -180,6 +189,7 @@ _REASONS = (
     (r"(QED [a-z0-9 ]+ is (?:invalid|too large))", r"\1"),
     (r"backing filename of [0-9]+ bytes is too long", "Failed to read backing filename"),
     (r"cannot open (.*): not a file or block device", r"'file' driver requires '\1' to be a regular file"),
+    (r"(Failed to .*)\. (Is another process using the image \[.*\]\?)", r"\1\n\2"),
     (r"cannot open (.*): (.*)", r"Could not open '\1': \2"),
 )
 
@@ -216,20 +226,19 @@ def open_qed(
         raise UnsupportedError(
             f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here"
         )
-    refuse_if_in_use(where.path, writable, force_share)
     options = {"log": notice, **_tracing, **options}
-    current = where.path
+    opened: list[str] = []
 
-    def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
-        nonlocal current
-        current = path
-        return open_storage(path, writable, mode)
+    def opener(path: str, writable: bool, mode: CacheMode) -> FileStorage:
+        locking = Locking.AUTO if opened else where.locking
+        opened.append(path)
+        return open_storage(path, writable, mode, locking=locking, share=force_share)
 
     try:
         return open_image(where.path, writable, cache=cache or "writeback", opener=opener, **options)
     except QEDError as error:
-        reason = open_reason(error, current)
-        if current != where.path:
+        reason = open_reason(error, opened[-1] if opened else where.path)
+        if len(opened) > 1:
             reason = f"Could not open backing file: {reason}"
         raise RequestError(f"Could not open '{where.name}': {reason}") from error
 
@@ -240,10 +249,22 @@ def open_end_point(
     """Open a QED image or a raw file, as find_format tells.  Raises QEDError with qemu-img's message."""
     if find_format(where) == "qed":
         return open_qed(where, writable, cache=cache, force_share=force_share)
-    assert where.path is not None
-    refuse_if_in_use(where.path, writable, force_share)
+    storage = open_file(where, writable, cache=cache, force_share=force_share)
     try:
-        return open_raw(where.path, writable, cache_mode(cache or "writeback"))
+        return RawImage(storage, writable)
+    except StorageError:
+        storage.close()
+        raise
+
+
+def open_file(
+    where: Location, writable: bool = False, *, cache: str | None = None, force_share: bool = False
+) -> FileStorage:
+    """Open the file of an image by itself, and lock it.  Raises RequestError with qemu-img's message."""
+    assert where.path is not None
+    try:
+        mode = cache_mode(cache or "writeback")
+        return open_storage(where.path, writable, mode, locking=where.locking, share=force_share)
     except StorageError as error:
         raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.path)}") from error
 
@@ -264,13 +285,6 @@ def only_image(files: list[str]) -> str:
     if len(files) != 1:
         raise RequestError("Expecting one image file name")
     return files[0]
-
-
-def refuse_if_in_use(path: str, writable: bool, force_share: bool = False) -> None:
-    """Raise RequestError when another program uses the image at `path`: the one place that asks.
-
-    It does not yet: QEMU-compatible locks are to be taken here, and held until the image is closed.
-    """
 
 
 # -- other formats --------------------------------------------------------------------------------------

@@ -193,4 +193,9 @@ def run(args: argparse.Namespace) -> int:
     words = ["compare", *option_words(f="raw", F=places[other].format, p=args.progress, q=args.quiet)]
     path = places[served].path
     assert path is not None
-    return serve(path, [*words, URI, places[other].name], f"comparing with {places[other].name} ({formats[other]})")
+    return serve(
+        path,
+        [*words, URI, places[other].name],
+        f"comparing with {places[other].name} ({formats[other]})",
+        lock=not args.force_share,
+    )

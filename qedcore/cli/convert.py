@@ -18,6 +18,7 @@ from ..errors import CorruptImageError, QEDError, RequestError, StorageError, Un
 from ..formats import BUFFER, EndPoint, block_status, is_zero
 from ..geometry import SECTOR, round_up
 from ..image import QEDImage
+from ..storage.lock import LockedError
 from .common import (
     PROGRAM,
     Location,
@@ -29,7 +30,7 @@ from .common import (
     find_qemu_img,
     locate,
     open_end_point,
-    refuse_if_in_use,
+    open_reason,
     sized,
 )
 from .foreign import URI, option_words, serve
@@ -247,7 +248,6 @@ class Conversion:
                 yield image, args.target_is_zero
                 image.flush()
             return
-        refuse_if_in_use(target.path, writable=True)
         if args.target_format == "qed":
             self._check_backing()
         try:
@@ -257,6 +257,8 @@ class Conversion:
                 # "unsafe" until it is complete: replacing() makes it durable before it gets its name
                 with open_end_point(where, True, cache="unsafe") as image:
                     yield image, True
+        except LockedError as error:
+            raise RequestError(f"{prefix}: {open_reason(error)}") from error
         except StorageError as error:
             if str(error).startswith("cannot create "):
                 raise RequestError(
@@ -407,12 +409,12 @@ def to_foreign(args: argparse.Namespace, source: str, target: Location) -> int:
         **_passed(args), f="raw", O=args.target_format, n=args.existing, c=args.compress, S=args.sparse, t=args.cache,
         B=args.backing, F=args.backing_format, o=",".join(args.options) or None,
     )  # fmt: skip
-    what = f"converting to {args.target_format}"
+    what, lock = f"converting to {args.target_format}", not args.force_share
     if args.existing:
-        return serve(source, ["convert", *options, URI, target.path], what)
+        return serve(source, ["convert", *options, URI, target.path], what, lock=lock)
     try:
         with replacing(target.path) as temporary:
-            _must_succeed(serve(source, ["convert", *options, URI, temporary], what))
+            _must_succeed(serve(source, ["convert", *options, URI, temporary], what, lock=lock))
     except ToldError as error:
         return error.exit_code
     return 0
@@ -431,7 +433,6 @@ def from_foreign(args: argparse.Namespace, source: Location, format: str, target
     if "backing_file" not in qed_options.values:
         options.append("--target-is-zero")
     size = foreign_size(source, given, what)
-    refuse_if_in_use(target.path, writable=True)
     try:
         with replacing(target.path) as temporary:
             make(name, temporary, qed_options, size, quiet=True)

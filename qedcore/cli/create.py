@@ -10,7 +10,7 @@ import subprocess
 from ..chain import probe, resolve
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
 from ..geometry import SECTOR, round_up
-from ..storage.file import open_storage
+from ..storage.file import FileStorage
 from .common import Location, add_shared, delegate, find_qemu_img, locate, open_qed, open_reason, sized
 from .target import SAME_FILE, SIZES, Options, make, print_options
 
@@ -40,10 +40,10 @@ def backing_size(backing: str, format: str, overlay: str) -> int:
     try:
         path = resolve(backing, overlay)
         if format == "qed":
-            with open_qed(Location(path, path, "qed")) as image:
+            with open_qed(Location(path, path, "qed"), force_share=True) as image:
                 return image.size
         if format == "raw":
-            storage = open_storage(path, writable=False)
+            storage = FileStorage(path, writable=False)
             try:
                 return round_up(storage.size(), SECTOR)
             finally:
@@ -70,7 +70,7 @@ def _size_by_qemu_img(path: str, format: str) -> int:
 def detect(backing: str, overlay: str) -> str:
     """The line that tells which format a backing file has that was named without one."""
     try:
-        storage = open_storage(resolve(backing, overlay), writable=False)
+        storage = FileStorage(resolve(backing, overlay), writable=False)
     except StorageError as error:
         reason = open_reason(error, "")
         raise RequestError(f"{overlay}: {reason}\nCould not open backing image.") from None

@@ -17,9 +17,8 @@ from ..header import (
     read_header,
 )
 from ..storage import Storage
-from ..storage.file import open_storage
 from ..table import TableIO
-from .common import add_output, add_shared, locate, only_image, open_reason, refuse_if_in_use
+from .common import add_output, add_shared, locate, only_image, open_file
 
 HELP = "show the metadata of an image as it is, damaged or not"
 EPILOG = """\
@@ -122,11 +121,7 @@ def run(args: argparse.Namespace) -> int:
     where = locate(only_image(args.files), args.format, args.image_opts)
     if where.path is None or where.format not in (None, "qed"):
         raise RequestError(f"{where.name}: only local QED files can be dumped")
-    refuse_if_in_use(where.path, writable=False, force_share=args.force_share)
-    try:
-        storage = open_storage(where.path, writable=False)
-    except QEDError as error:
-        raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.path)}") from error
+    storage = open_file(where, force_share=args.force_share)
     try:
         return dump(args, storage)
     finally:

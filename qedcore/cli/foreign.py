@@ -29,10 +29,11 @@ def find_plugin() -> str | None:
     return next((path for path in candidates if os.path.isfile(path)), None)
 
 
-def serve(image: str, arguments: Sequence[str], what: str, *, writable: bool = False) -> int:
+def serve(image: str, arguments: Sequence[str], what: str, *, writable: bool = False, lock: bool = True) -> int:
     """Serve the QED image at path `image` and run qemu-img with `arguments`, URI among them; its exit code.
 
-    Raises UnsupportedError, naming `what` was wanted, when a program is missing.
+    `lock`: refuse an image that is in use.  Raises UnsupportedError, naming `what` was wanted, when a program is
+    missing.
     """
     qemu_img, nbdkit, plugin = find_qemu_img(), shutil.which("nbdkit"), find_plugin()
     if qemu_img is None or nbdkit is None or plugin is None:
@@ -45,6 +46,7 @@ def serve(image: str, arguments: Sequence[str], what: str, *, writable: bool = F
     # nbdkit puts the socket's URI into $uri of the command's environment
     words = " ".join('"$uri"' if word == URI else shlex.quote(word) for word in [qemu_img, *arguments])
     command = [nbdkit, "-U", "-", *([] if writable else ["-r"]), "python", plugin, f"file={os.path.abspath(image)}"]
+    command += [] if lock else ["lock=off"]
     return run_signed([*command, "--run", words])
 
 

@@ -15,7 +15,7 @@ from ..geometry import SECTOR, round_up
 from ..header import FEATURE_NAMES, FEATURE_NO_PROBE, read_header
 from ..image import QEDImage
 from ..sizes import format_size
-from ..storage.file import open_storage
+from ..storage.file import FileStorage
 from ..table import TableIO
 from .common import (
     Location,
@@ -74,7 +74,7 @@ def _plain(path: str, size: int, format: str, cluster_size: int = 0) -> Facts:
 def describe_raw(where: Location) -> Facts:
     assert where.path is not None
     try:
-        storage = open_storage(where.path, writable=False)
+        storage = FileStorage(where.path, writable=False)  # in use or not: nothing of it is read
         try:
             size = round_up(storage.size(), SECTOR)
         finally:
@@ -86,14 +86,10 @@ def describe_raw(where: Location) -> Facts:
     return {**_plain(where.path, size, "raw"), "dirty-flag": False}
 
 
-def details(path: str, image: QEDImage) -> Facts:
+def details(image: QEDImage) -> Facts:
     """What --verbose adds.  Reads all tables.  Raises StorageError."""
-    storage = open_storage(path, writable=False)
-    try:
-        header, geometry, bounds = read_header(storage)
-        found = Walk(TableIO(storage), geometry, bounds, header.l1_table_offset).run()
-    finally:
-        storage.close()
+    header, geometry, bounds = read_header(image.storage)
+    found = Walk(TableIO(image.storage), geometry, bounds, header.l1_table_offset).run()
     return {
         "table-size": header.table_size,
         "features": [name for bit, name in FEATURE_NAMES.items() if header.features & bit],
@@ -133,7 +129,7 @@ class Chain:
         with open_qed(where, force_share=self._args.force_share, follow=False) as image:
             facts = describe(where.path, image)
             if self._args.verbose:
-                facts.update(details(where.path, image))
+                facts.update(details(image))
         self.layers.append(facts)
         backing: str | None = facts.get("full-backing-filename")
         if backing is None:

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             return delegate(args, f"measuring {args.target_format}")
         options = option_words(f="raw", O=args.target_format, o=",".join(args.options) or None)
         words = ["measure", f"--output={args.output}", *options, URI]
-        return serve(where.path, words, f"measuring {args.target_format}")
+        return serve(where.path, words, f"measuring {args.target_format}", lock=not args.force_share)
     with open_end_point(where, force_share=args.force_share) as image:
         try:
             return measured(args, image.size, image)

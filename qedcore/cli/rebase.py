@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
-from ..chain import close_source, open_source, resolve
+from ..chain import close_source, resolve
 from ..errors import QEDError, RequestError, UnsupportedError
-from ..rebase import change_name, rebase
+from ..rebase import LoopError, change_name, open_base, rebase
 from ..request import Source
+from ..storage.file import open_storage
+from ..storage.lock import LockedError
 from .common import (
     Location,
     Progress,
@@ -20,7 +23,6 @@ from .common import (
     only_image,
     open_qed,
     open_reason,
-    refuse_if_in_use,
 )
 
 HELP = "put an image onto another backing file, or onto none"
@@ -61,12 +63,14 @@ def run(args: argparse.Namespace) -> int:
 def _rename(args: argparse.Namespace, where: Location) -> None:
     if where.path is None:
         raise UnsupportedError(f"Could not open '{where.name}': not a local file")
-    refuse_if_in_use(where.path, writable=True)
-    open_qed(where, follow=False).close()  # for its messages
+    open_qed(where, follow=False, force_share=True).close()  # for its messages
     if args.backing and not args.backing_format:
         raise _cannot_change(args.backing, RequestError("backing format must be specified"))
     try:
-        change_name(where.path, args.backing or None, args.backing_format == "raw")
+        opener = partial(open_storage, locking=where.locking)
+        change_name(where.path, args.backing or None, args.backing_format == "raw", opener=opener)
+    except LockedError as error:
+        raise RequestError(f"Could not open '{where.name}': {open_reason(error)}") from error
     except QEDError as error:
         raise _cannot_change(args.backing, error) from None
 
@@ -79,11 +83,15 @@ def _rebase(args: argparse.Namespace, where: Location) -> None:
                 if not args.backing_format:
                     raise _cannot_change(args.backing, RequestError("backing format must be specified"))
                 path = resolve(args.backing, where.path or "")
-                refuse_if_in_use(path, writable=False, force_share=args.force_share)
+                opener = partial(open_storage, share=args.force_share)
+                cache = args.source_cache or "writeback"
                 try:
-                    new = open_source(path, args.backing_format, cache=args.source_cache or "writeback")
+                    new = open_base(image, path, args.backing_format, args.backing, cache=cache, opener=opener)
+                except LoopError:
+                    raise
                 except QEDError as error:
-                    reason = open_reason(error, path)
+                    below = "Could not open backing file: " if ": its backing file: " in str(error) else ""
+                    reason = below + open_reason(error, path)
                     raise RequestError(f"Could not open new backing file '{args.backing}': {reason}") from error
             with Progress(args, image.size) as progress:
                 try:
@@ -97,7 +105,7 @@ def _rebase(args: argparse.Namespace, where: Location) -> None:
 def _cannot_change(name: str | None, error: QEDError) -> QEDError:
     """`error` with qemu-img's words before it."""
     reason = str(error)
-    if "infinite loop" in reason:
+    if isinstance(error, LoopError):
         return error
     if isinstance(error, UnsupportedError):
         reason = "Operation not supported"

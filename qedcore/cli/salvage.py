@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
-from contextlib import suppress
 
-from ..errors import RequestError, StorageError
+from ..create import replacing
+from ..errors import RequestError
 from ..salvage import GOOD, LOST, Found, Range, Salvage
 from ..sizes import parse_size
 from ..storage.file import FileStorage, open_storage
-from .common import Progress, add_output, add_shared, refuse_if_in_use
+from .common import Progress, add_output, add_shared
 
 HELP = "rescue what is left of an image that cannot be repaired"
 EPILOG = """\
@@ -46,8 +45,7 @@ def run(args: argparse.Namespace) -> int:
             ("image_size", args.size),
         )
     }
-    refuse_if_in_use(args.image, False, args.force_share)
-    storage = open_storage(args.image, writable=False)
+    storage = open_storage(args.image, writable=False, share=args.force_share)
     try:
         if os.path.exists(args.out) and os.path.samefile(args.image, args.out):
             raise RequestError(f"{args.out} is the image itself")
@@ -68,24 +66,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(salvage: Salvage, found: Found, path: str) -> list[Range]:
     """Write the raw file under another name, durably, and then give it its own."""
-    path = os.path.realpath(path)
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise StorageError(f"cannot create {path}: it exists and is not a regular file")
-    temporary = os.path.join(os.path.dirname(path), f".qed-{secrets.token_hex(8)}")
-    try:
-        open(temporary, "xb").close()
+    with replacing(path) as temporary:
         target = FileStorage(temporary, writable=True)
         try:
-            ranges = salvage.write(found, target)
+            return salvage.write(found, target)
         finally:
             target.close()
-        os.replace(temporary, path)
-        return ranges
-    except OSError as error:
-        raise StorageError(f"cannot create {path}", error) from None
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
 
 
 def _print(output: str, image: str, found: Found, ranges: list[Range]) -> None:

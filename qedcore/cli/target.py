@@ -19,7 +19,8 @@ from ..geometry import (
 )
 from ..header import HEADER_BYTES, MAX_BACKING_NAME, Header
 from ..sizes import parse_qemu_size
-from .common import PROGRAM, refuse_if_in_use
+from ..storage.lock import LockedError
+from .common import PROGRAM, open_reason
 
 SAME_FILE = "{}: Error: Trying to create an image with the same filename as the backing file"
 
@@ -128,7 +129,6 @@ def make(name: str, path: str, options: Options, size: int, quiet: bool) -> Head
     room = min(MAX_BACKING_NAME, cluster_size - HEADER_BYTES)
     if backing and len(os.fsencode(backing)) > room:
         raise RequestError(f"{name}: Backing file name is too long: at most {room} bytes fit into the header")
-    refuse_if_in_use(path, writable=True)
     try:
         header = create(
             path,
@@ -138,6 +138,8 @@ def make(name: str, path: str, options: Options, size: int, quiet: bool) -> Head
             backing_file=backing,
             backing_fmt=options.values.get("backing_fmt"),
         )
+    except LockedError as error:
+        raise RequestError(f"{name}: {open_reason(error)}") from error
     except StorageError as error:
         raise RequestError(f"{name}: Could not create '{name}': {os.strerror(error.errno)}") from error
     if table_size == 1:

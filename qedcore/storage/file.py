@@ -1,4 +1,4 @@
-"""FileStorage: an image in a local file, through the page cache or past it (O_DIRECT).
+"""FileStorage: an image in a local file, through the page cache or past it (O_DIRECT), and locked (lock.py).
 
 I1-I4 as in the contract.  Buffered I/O takes no lock; the system orders overlapping calls.
 """
@@ -14,8 +14,9 @@ from functools import cache
 from typing import Callable
 
 from ..errors import RequestError, StorageError
-from . import ReadBuffer, Storage, WriteBuffer
+from . import ReadBuffer, WriteBuffer
 from .flush import GroupCommit
+from .lock import FileLock, Locking, Use
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, with FALLOC_FL_KEEP_SIZE as it must be
 _IOV_BYTES = 1 << 30  # one system call moves less than 2 GiB
@@ -89,9 +90,32 @@ class FileStorage:
         if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
             self.close()
             raise StorageError(f"cannot open {self.name}: not a file or block device", code=errno.EINVAL)
+        self._lock: FileLock | None = None
         self._regular = stat.S_ISREG(info.st_mode)
         self._identity = (info.st_dev, info.st_ino)
         self._commit = GroupCommit(self._ignore_flush if mode.no_flush else self._sync)
+
+    def lock(self, use: Use, locking: Locking = Locking.AUTO) -> None:
+        """Lock the file for `use` until it is closed, or as long as `use` is not changed.
+
+        Raises LockedError if somebody else uses the file in a way that excludes this; the locks are as before then.
+        """
+        if self._lock is None and locking is not Locking.OFF:
+            lock = FileLock(self.fd, self.name)
+            if lock.works():
+                self._lock = lock
+            elif locking is Locking.ON:
+                raise StorageError(f"cannot lock {self.name}: its file system has no locks", code=errno.ENOTSUP)
+        if self._lock is not None:
+            self._lock.change(use)
+
+    def share_lock(self, other: FileStorage) -> bool:
+        """Lock the file as `other` has it locked, if that is the same file: the two do not exclude each other."""
+        if other.fd < 0 or other._lock is None or other.identity() != self.identity():
+            return False
+        self._lock = FileLock(self.fd, self.name)
+        self._lock.copy(other._lock)
+        return True
 
     def size(self) -> int:
         try:
@@ -190,10 +214,27 @@ class FileStorage:
         return StorageError(f"cannot {verb} {length} bytes at {offset:#x} of {self.name}", error)
 
 
-def open_storage(path: str | os.PathLike[str], writable: bool, mode: CacheMode = CacheMode()) -> Storage:
-    """The storage at `path`: the default opener of images.  Raises StorageError."""
+def open_storage(
+    path: str | os.PathLike[str],
+    writable: bool,
+    mode: CacheMode = CacheMode(),
+    *,
+    locking: Locking = Locking.AUTO,
+    share: bool = False,
+) -> FileStorage:
+    """The storage at `path`, locked: the default opener of images.  Raises StorageError, LockedError if it is in use.
+
+    `share`: read it whatever others do to it.
+    """
     if mode.direct:
         from .direct import DirectStorage
 
-        return DirectStorage(path, writable, mode)
-    return FileStorage(path, writable, mode)
+        storage: FileStorage = DirectStorage(path, writable, mode)
+    else:
+        storage = FileStorage(path, writable, mode)
+    try:
+        storage.lock(Use.WRITE if writable else Use.SHARED if share else Use.READ, locking)
+    except BaseException:
+        storage.close()
+        raise
+    return storage

@@ -45,9 +45,11 @@ def full(image: Image) -> Built:
 
 
 def test_what_is_offered(full: Built, serve: Serve) -> None:
-    client = serve(full.path).connect(meta=True)
+    server = serve(full.path)
+    client = server.connect(meta=True)
     assert client.can_trim() and client.can_zero() and client.can_fast_zero()
     client.shutdown()
+    server.stop()
     reader = serve(full.path, read_only=True).connect(meta=True)
     assert not reader.can_trim() and not reader.can_zero()
     reader.shutdown()

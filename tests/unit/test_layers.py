@@ -21,7 +21,7 @@ LAYERS = (
     ("errors",),
     ("locks", "trace", "sizes", "thread_state", "affinity", "free", "in_flight"),
     ("geometry", "storage"),
-    ("storage.flush",),
+    ("storage.flush", "storage.lock"),
     ("storage.file",),
     ("storage.direct",),
     ("header", "rehearsal"),

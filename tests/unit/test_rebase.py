@@ -15,7 +15,7 @@ from unit.crashes import World, check_crashes, guest
 import qedcore
 from qedcore.chain import close_source, open_source
 from qedcore.errors import QEDError, RequestError, UnsupportedError
-from qedcore.rebase import change_name, rebase
+from qedcore.rebase import change_name, open_base, rebase
 
 CS = 4 * KiB
 SMALL = {"cluster_size": CS, "table_size": 1}
@@ -36,7 +36,7 @@ def raw(path: Path, size: int, tag: int = 0, changed: dict[int, int] | None = No
 def rebased(path: Path, name: str | None, format: str | None = "raw", **options: Any) -> None:
     with qedcore.open_image(path, **options) as image:
         opener = {"opener": options["opener"]} if "opener" in options else {}
-        new = open_source(path.parent / name, format, **opener) if name else None
+        new = open_base(image, str(path.parent / name), format, name, **opener) if name else None
         try:
             rebase(image, name, new, format == "raw")
         finally:

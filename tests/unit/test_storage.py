@@ -313,6 +313,7 @@ def test_partial_pwritev(open_file: Open, monkeypatch: pytest.MonkeyPatch, name:
             shorten(patch, iter([first, *[2] * 40]))
             storage.pwritev(VECTORS[name], 7)
         assert content(storage) == b"." * 7 + b"0123456789ab" + b"." * 11, first
+        storage.close()
 
 
 @pytest.mark.parametrize("method", ["pwrite", "pwritev"])
