@@ -20,13 +20,13 @@ CS = 64 * KiB
 FLAGS = ("read_only", "rotational", "multi_conn", "flush", "fua", "zero", "cache", "df")
 
 
-def connect(uri: str, name: str = "") -> Any:
+def connect(server: Nbdkit | QemuNbd, name: str = "") -> Any:
     nbd = import_nbd()
     handle = nbd.NBD()
     handle.set_export_name(name)
     handle.set_full_info(True)
     handle.add_meta_context("base:allocation")
-    handle.connect_uri(uri)
+    handle.connect_unix(str(server.socket))  # a URI would bring its own name
     return handle
 
 
@@ -44,12 +44,12 @@ def test_answers_are_those_of_qemu_nbd(image: Callable[..., Built], serve: Serve
     """FUA and the cache request are native, the connections share one image, and it is no disk that rotates."""
     built = image(layout="DZ-D")
     server = serve(built.path, read_only=read_only)
-    client = connect(server.uri)
+    client = connect(server)
     ours = answers(client)
     client.shutdown()
     server.stop()
     with QemuNbd(built.path, args=["-r"] if read_only else []) as reference:
-        client = connect(reference.uri)
+        client = connect(reference)
         theirs = answers(client)
         client.shutdown()
     if read_only:  # nbdkit offers FUA to those who may write
@@ -63,7 +63,7 @@ def test_answers_are_those_of_qemu_nbd(image: Callable[..., Built], serve: Serve
 )
 def test_block_sizes(image: Callable[..., Built], serve: Serve, cluster_size: int, preferred: int) -> None:
     nbd = import_nbd()
-    client = connect(serve(image(size=MiB, cluster_size=cluster_size, table_size=1).path).uri)
+    client = connect(serve(image(size=MiB, cluster_size=cluster_size, table_size=1).path))
     assert client.get_block_size(nbd.SIZE_MINIMUM) == 1  # qemu-nbd wants whole sectors
     assert client.get_block_size(nbd.SIZE_PREFERRED) == preferred
     assert client.get_block_size(nbd.SIZE_MAXIMUM) == 32 * MiB
@@ -72,7 +72,7 @@ def test_block_sizes(image: Callable[..., Built], serve: Serve, cluster_size: in
 
 def test_requests_of_the_smallest_and_the_largest_block(image: Callable[..., Built], serve: Serve) -> None:
     built = image(size=48 * MiB)
-    client = connect(serve(built.path).uri)
+    client = connect(serve(built.path))
     client.pwrite(stamp(1, 3, 32 * MiB), 3)
     client.pwrite(b"!", 40 * MiB + 1)
     assert_same(client.pread(32 * MiB, 3), stamp(1, 3, 32 * MiB), 3)
@@ -84,7 +84,7 @@ def test_description_names_no_file(image: Callable[..., Built], serve: Serve, tm
     (tmp_path / "secret.raw").write_bytes(bytes(MiB))
     built = image(size=3 * MiB, cluster_size=16 * KiB, backing="secret.raw", no_probe=True)
     server = serve(built.path)
-    client = connect(server.uri)
+    client = connect(server)
     assert client.get_export_description() == "QED image, 3 MiB, 16 KiB clusters, with a backing file"
     client.shutdown()
 
@@ -101,7 +101,8 @@ def test_one_image_is_listed_once_and_served_under_any_name(image: Callable[...,
     client.opt_abort()
     assert found == [("", "QED image, 1 MiB, 64 KiB clusters")]
     for name in ("", "anything", "ünï", "../x"):
-        client = connect(server.uri, name)
+        client = connect(server, name)
+        assert client.get_export_name() == name
         assert_same(client.pread(MiB, 0), built.read(0, MiB))
         client.shutdown()
 
@@ -110,7 +111,7 @@ def test_connections_share_one_image(image: Callable[..., Built], serve: Serve) 
     nbd = import_nbd()
     built = image(size=MiB)
     server = serve(built.path)
-    writer, other = connect(server.uri), connect(server.uri)
+    writer, other = connect(server), connect(server)
     writer.pwrite(stamp(1, 0, 512), 0)
     writer.pwrite(stamp(2, 5 * CS, 512), 5 * CS, nbd.CMD_FLAG_FUA)
     assert_same(other.pread(512, 0), stamp(1, 0, 512))  # what one connection wrote, the others see
@@ -150,7 +151,7 @@ def test_cache_request_prefetches_through_the_chain(
     built = image(layout="DZ-D", size=MiB, backing="base.raw", no_probe=True, reverse=True)
     log = tmp_path / "trace"
     server = traced(serve, built, log)
-    client = connect(server.uri)
+    client = connect(server)
     client.cache(4 * CS, 0)
     wanted = {
         "image.qed": {built.offsets[n] + i for n in (0, 3) for i in range(0, CS, 4 * KiB)},
@@ -167,7 +168,7 @@ def test_cache_request_prefetches_through_the_chain(
 def test_cache_request_changes_nothing(image: Callable[..., Built], serve: Serve, options: dict[str, str]) -> None:
     built = image(layout="DZ-D", size=MiB)
     server = serve(built.path, **options)
-    client = connect(server.uri)
+    client = connect(server)
     client.cache(MiB, 0)
     assert_same(client.pread(MiB, 0), built.read(0, MiB))
     client.shutdown()
@@ -178,7 +179,7 @@ def test_cache_request_changes_nothing(image: Callable[..., Built], serve: Serve
 def test_cache_request_of_a_damaged_table_fails(image: Callable[..., Built], serve: Serve) -> None:
     nbd = import_nbd()
     built = image(layout="DD", size=MiB, entries={1: 0x123})
-    client = connect(serve(built.path, read_only=True).uri)
+    client = connect(serve(built.path, read_only=True))
     client.cache(CS, 0)
     with pytest.raises(nbd.Error) as caught:
         client.cache(2 * CS, 0)
