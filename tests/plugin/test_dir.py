@@ -15,6 +15,7 @@ from support import qemu
 from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import Built, ImageSpec, QedFile, assert_sound, build, read_header
 from support.server import Nbdkit, StartError, disconnect, import_nbd, wait_for
+from support.tools import require, run, unavailable
 
 CS = 64 * KiB
 NEED_CHECK = 2
@@ -284,6 +285,39 @@ def test_a_dirty_image_is_repaired_when_it_is_opened(home: Path, serve: Serve) -
     client.shutdown()
     server.stop()
     qemu.assert_check_clean(dirty.path)
+
+
+def test_a_close_that_fails_is_logged(home: Path, tmp_path: Path, serve: Serve) -> None:
+    """The last client cannot be told; the image says itself that it was not closed, and is repaired."""
+    require("strace")
+    if run(["strace", "-D", "-o", str(tmp_path / "probe"), "true"]).rc != 0:
+        unavailable("strace may not trace here")
+    log = tmp_path / "trace"
+
+    def use(name: str, *inject: str) -> tuple[Nbdkit, int]:
+        make(home, name)
+        wrapper = ["strace", "-D", "-f", "-qq", "-o", str(log), "-e", "trace=fdatasync", *inject]
+        server = serve(dir=home, wrapper=wrapper, threads=1)  # strace counts the calls of each thread
+        client = connect(server, name)
+        client.pwrite(stamp(7, 5 * CS, 4096), 5 * CS)
+        syncs = log.read_text().count("fdatasync(")
+        client.shutdown()
+        wait_for(lambda: open_files(server, home) == [], "it is closed")
+        return server, syncs
+
+    _, syncs = use("dry")
+    server, _ = use("a", "-e", f"inject=fdatasync:error=EIO:when={syncs + 1}")
+    line = server.log()
+    assert line.count("\n") == 1 and "Input/output error" in line and "a" in line, line
+    server.stop()
+    assert read_header(home / "a")["features"] & NEED_CHECK
+    server = serve(dir=home)
+    client = connect(server, "a")
+    assert "was not closed cleanly" in server.log()
+    assert_same(client.pread(4096, 5 * CS), stamp(7, 5 * CS, 4096))
+    client.shutdown()
+    server.stop()
+    assert_sound(home / "a", leaks=None)
 
 
 def test_backing_files_start_from_the_directory(home: Path, serve: Serve) -> None:

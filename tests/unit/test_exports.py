@@ -309,3 +309,22 @@ def test_booleans(value: str) -> None:
     else:
         with pytest.raises(RequestError, match="size="):
             parameters.complete()
+
+
+def test_who_creates_second_serves_the_first_ones_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another server makes the image after this one looked for it."""
+    built = build(tmp_path / "x.qed", ImageSpec(layout="DD"))
+    content = built.path.read_bytes()
+    lines: list[str] = []
+    parameters = Parameters(lines.append, lines.append)
+    for name, value in (("file", str(built.path)), ("create", "true"), ("size", "1M")):
+        parameters.take(name, value)
+    parameters.complete()
+    exports = make_exports(parameters)
+    with monkeypatch.context() as patch:
+        patch.setattr("qedcore.exports.os.path.exists", lambda path: False)
+        exports.prepare()
+    assert built.path.read_bytes() == content
+    assert len(lines) == 1 and "exists" in lines[0]
+    exports.close_all()
+    assert os.listdir(tmp_path) == ["x.qed"]
