@@ -1,4 +1,4 @@
-# GNU make.  Everything runs from the checkout; the only thing built is .venv, with the test tools.
+# GNU make.  Everything runs from the checkout; "install" puts copies elsewhere.
 
 # nbdkit embeds the distribution's Python, and libnbd's module is installed for that one only.
 PYTHON ?= /usr/bin/python3
@@ -7,6 +7,17 @@ SIZE   ?= 1G
 JOBS   ?= 2
 ARGS   ?=
 export PYTHON FILE SIZE
+
+# For "install" and "uninstall".  PREFIX is ours, but nbdkit finds plugins by name in its own directory only.
+PREFIX    ?= /usr/local
+BINDIR    ?= $(PREFIX)/bin
+DATADIR   ?= $(PREFIX)/share
+MANDIR    ?= $(DATADIR)/man
+NBDKIT    ?= nbdkit
+PLUGINDIR ?= $(shell $(NBDKIT) --dump-config | sed -n 's/^plugindir=//p')
+home       = $(DATADIR)/qed
+version    = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' qedcore/__init__.py)
+
 # mke2fs and friends, for those who are not root.
 export PATH := $(PATH):/usr/sbin:/sbin
 
@@ -15,10 +26,10 @@ venv_python := .venv/bin/python
 need := sh tests/install.sh
 # nbdinfo runs file(1), and prints garbage without it.
 serving := python3 nbdkit nbdkit-plugin-python libnbd-bin file python3-libnbd qemu-utils
-testing := $(serving) python3-venv e2fsprogs gnutls-bin strace python3-numpy
+testing := $(serving) python3-venv e2fsprogs gnutls-bin strace python3-numpy perl
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo check lint format bench clean
+.PHONY: help run demo check lint format bench install uninstall clean
 
 help:
 	@echo 'make run      serve FILE (default image.qed, created with SIZE, default 1G) until Ctrl-C'
@@ -26,6 +37,8 @@ help:
 	@echo "make check    run all tests; ARGS='...' goes to pytest, JOBS=N tests at a time (default 2)"
 	@echo 'make lint     ruff and mypy --strict; "make format" applies the layout'
 	@echo "make bench    compare with qemu-nbd; ARGS='...' goes to tests/bench/bench.py (try --help)"
+	@echo 'make install  so that "nbdkit qed file=IMAGE" and "qed" work, with manual pages; "make uninstall" undoes it;'
+	@echo '              PREFIX=/usr/local, DESTDIR=, and PLUGINDIR=, which nbdkit tells'
 	@echo 'make clean    remove .venv and caches'
 	@echo
 	@echo 'Missing tools are installed with apt-get (as root, or through sudo).'
@@ -82,6 +95,37 @@ with open("pyproject.toml", "rb") as f:
 print(*extras["test"], *extras["lint"], sep="\n")
 endef
 export EXTRAS
+
+# nbdkit runs a program called nbdkit-NAME-plugin in its plugin directory for NAME.  The link leads to the
+# script, whose real path tells it where qedcore is.  -s: what is compiled does not name DESTDIR.
+install:
+	@$(need) python3 nbdkit nbdkit-plugin-python perl
+	@test -n "$(PLUGINDIR)" || { echo 'PLUGINDIR= is needed: $(NBDKIT) --dump-config tells none' >&2; exit 1; }
+	install -d "$(DESTDIR)$(BINDIR)" "$(DESTDIR)$(home)/plugin" "$(DESTDIR)$(MANDIR)/man1" \
+	    "$(DESTDIR)$(DATADIR)/bash-completion/completions" "$(DESTDIR)$(PLUGINDIR)"
+	for file in $$(find qedcore -name '*.py'); do \
+	    install -D -m 644 $$file "$(DESTDIR)$(home)/$$file" || exit 1; \
+	done
+	sed "1s|.*|#!$$(command -v $(NBDKIT)) python|" plugin/qed.py >"$(DESTDIR)$(home)/plugin/qed.py"
+	chmod 755 "$(DESTDIR)$(home)/plugin/qed.py"
+	ln -sfn "$(home)/plugin/qed.py" "$(DESTDIR)$(PLUGINDIR)/nbdkit-qed-plugin"
+	printf '%s\n' '#!$(PYTHON)' 'import sys' '' 'sys.path.insert(0, "$(home)")' \
+	    'from qedcore.cli import main' '' 'sys.exit(main())' >"$(DESTDIR)$(BINDIR)/qed"
+	chmod 755 "$(DESTDIR)$(BINDIR)/qed"
+	$(PYTHON) -m compileall -q -f $(if $(DESTDIR),-s "$(DESTDIR)") "$(DESTDIR)$(home)/qedcore"
+	for page in qed nbdkit-qed-plugin; do \
+	    pod2man --utf8 --section=1 --center=QED --release="$(version)" plugin/$$page.pod \
+	        "$(DESTDIR)$(MANDIR)/man1/$$page.1" || exit 1; \
+	done
+	install -m 644 qedcore/cli/completion.bash "$(DESTDIR)$(DATADIR)/bash-completion/completions/qed"
+
+uninstall:
+	@test -n "$(PLUGINDIR)" || { echo 'PLUGINDIR= is needed: $(NBDKIT) --dump-config tells none' >&2; exit 1; }
+	rm -rf "$(DESTDIR)$(home)/qedcore" "$(DESTDIR)$(home)/plugin"
+	rmdir "$(DESTDIR)$(home)"
+	rm -f "$(DESTDIR)$(PLUGINDIR)/nbdkit-qed-plugin" "$(DESTDIR)$(BINDIR)/qed" \
+	    "$(DESTDIR)$(MANDIR)/man1/qed.1" "$(DESTDIR)$(MANDIR)/man1/nbdkit-qed-plugin.1" \
+	    "$(DESTDIR)$(DATADIR)/bash-completion/completions/qed"
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

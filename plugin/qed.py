@@ -1,6 +1,8 @@
-"""nbdkit plugin: nbdkit python qed.py file=IMAGE.qed [cache=MODE] [l2_cache=SIZE] [lock=auto|on|off] ...
+#!/usr/bin/env -S nbdkit python
+"""nbdkit plugin: nbdkit python qed.py file=IMAGE.qed | dir=DIRECTORY [PARAMETER=VALUE...]
 
 Only the callbacks, the log and the mapping of errors; the engine is the package qedcore beside this directory.
+nbdkit-qed-plugin.pod tells the parameters.
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ SCRIPT = os.path.realpath(__file__)
 sys.path.insert(0, os.path.dirname(os.path.dirname(SCRIPT)))
 
 from qedcore import __version__  # noqa: E402
+from qedcore.affinity import Crowd  # noqa: E402
 from qedcore.cluster import ZERO  # noqa: E402
 from qedcore.errors import QEDError, StorageError  # noqa: E402
+from qedcore.exports import Exports, describe, make_exports  # noqa: E402
+from qedcore.geometry import MiB  # noqa: E402
+from qedcore.parameters import Parameters  # noqa: E402
+from qedcore.prefetch import prefetch  # noqa: E402
 from qedcore.shared import SharedImage  # noqa: E402
 from qedcore.thread_state import ThreadStates  # noqa: E402
 
@@ -36,6 +43,11 @@ _CLIENT_ERRNOS = frozenset(
         errno.EINVAL, errno.ENOTSUP, errno.ESHUTDOWN,
     )
 )  # fmt: skip
+
+# What NBD allows everybody to send.
+MAX_REQUEST = 32 * MiB
+# Advice, bytes: copiers keep dozens of requests of the preferred size in flight, so not the largest clusters.
+MAX_PREFERRED = 2 * MiB
 
 threads = ThreadStates()
 this_thread = threads.this_thread
@@ -56,8 +68,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-shared = SharedImage(log, lambda line: nbdkit.debug(printable(line)))
-enter, leave = shared.crowd.enter, shared.crowd.leave
+parameters = Parameters(log, lambda line: nbdkit.debug(printable(line)))
+exports: Exports  # made by config_complete()
+crowd = Crowd()
+enter, leave = crowd.enter, crowd.leave
 
 
 _format_traceback = traceback.format_exception
@@ -87,16 +101,22 @@ def fail(error: BaseException) -> NoReturn:
 
 
 def config(key: str, value: str) -> None:
-    # nbdkit changes directory before the image is opened.
-    shared.configure(key, os.path.abspath(value) if key == "file" and value else value)
+    if key in ("file", "dir", "backing_file"):
+        value = os.fsdecode(value.encode())  # nbdkit takes it for UTF-8, whatever this system's locale
+        if key != "backing_file" and value:
+            value = os.path.abspath(value)  # nbdkit changes directory before anything is opened
+    parameters.take(key, value)
 
 
 def config_complete() -> None:
-    shared.configured()
+    global exports
+    parameters.complete()
+    crowd.enabled = crowd.enabled and parameters.affinity
+    exports = make_exports(parameters)
 
 
 def get_ready() -> None:
-    shared.check()
+    exports.prepare()
 
 
 def after_fork() -> None:
@@ -105,7 +125,7 @@ def after_fork() -> None:
 
 def cleanup() -> None:
     try:
-        shared.close()
+        exports.close_all()
     finally:
         threads.drain()
 
@@ -118,16 +138,42 @@ def thread_model() -> int:
     return nbdkit.THREAD_MODEL_PARALLEL
 
 
+def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+    return exports.names()
+
+
+def default_export(readonly: bool, is_tls: bool) -> str:
+    return exports.default()
+
+
 def open(readonly: bool) -> SharedImage:
     try:
-        shared.open(readonly)
+        return exports.open(export_name(), readonly)
     except BaseException as error:
         fail(error)
-    return shared
+
+
+def export_name() -> str:
+    try:
+        return nbdkit.export_name()
+    except UnicodeDecodeError as error:
+        return error.object.decode(errors="surrogateescape")  # no name of ours
+
+
+def close(h: SharedImage) -> None:
+    exports.close(h)
+
+
+def export_description(h: SharedImage) -> str:
+    return describe(h.image.header)
 
 
 def get_size(h: SharedImage) -> int:
     return h.image.size
+
+
+def block_size(h: SharedImage) -> tuple[int, int, int]:
+    return 1, min(h.image.geometry.cluster_size, MAX_PREFERRED), MAX_REQUEST
 
 
 def can_write(h: SharedImage) -> bool:
@@ -210,6 +256,14 @@ def trim(h: SharedImage, length: int, pos: int, flags: int) -> None:
     this_thread.kept
     try:
         h.image.trim(pos, length, bool(flags & nbdkit.FLAG_FUA))
+    except BaseException as error:
+        fail(error)
+
+
+def cache(h: SharedImage, length: int, pos: int, flags: int) -> None:
+    this_thread.kept
+    try:
+        prefetch(h.image, pos, length)
     except BaseException as error:
         fail(error)
 

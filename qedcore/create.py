@@ -24,10 +24,12 @@ def create(
     table_size: int = DEFAULT_TABLE_SIZE,
     backing_file: str | None = None,
     backing_fmt: str | None = None,
+    replace: bool = True,
 ) -> Header:
     """Make an empty image of `size` bytes (rounded up to 512) at `path`; an existing file is replaced at once.
 
     `backing_fmt` "raw" is recorded in the image; with anything else readers probe.  The backing file is not opened.
+    With `replace` False an existing file is left alone, and the StorageError's errno is EEXIST.
     Raises ImageFormatError and RequestError before anything is touched, else StorageError.
     """
     if size < 0:
@@ -53,15 +55,15 @@ def create(
         backing_filename_offset=HEADER_BYTES if name else 0,
         backing_filename_size=len(name),
     )
-    with replacing(path) as temporary, open(temporary, "r+b") as file:
+    with replacing(path, replace) as temporary, open(temporary, "r+b") as file:
         file.write(header.pack() + name)
         file.truncate(cluster_size + geometry.table_bytes)  # the L1 table stays a hole: an empty one is all zeros
     return header
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Make a file that appears at `path` complete or not at all, in the place of what is there.
+def replacing(path: str | os.PathLike[str], replace: bool = True) -> Iterator[str]:
+    """Make a file that appears at `path` complete or not at all, in the place of what is there (if `replace`).
 
     Gives the name of an empty file in the same directory.  When the block ends, that file is made durable and renamed
     to `path`, keeping the permissions of a file it replaces; when it raises, it is removed.  Raises StorageError,
@@ -80,7 +82,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
                 os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
             yield temporary
             _sync(temporary, os.O_RDWR)
-            os.replace(temporary, path)
+            if replace:
+                os.replace(temporary, path)
+            else:
+                os.link(temporary, path)  # fails if somebody else was faster
             _sync(directory, os.O_RDONLY | os.O_DIRECTORY)  # the name, too
         except OSError as error:
             raise StorageError(f"cannot create {path}", error) from None

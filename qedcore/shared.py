@@ -1,27 +1,22 @@
-"""SharedImage: the one image that all connections of a server use.
+"""SharedImage: one image that any number of connections use.
 
-It is opened read-only at first, so that a bad image is reported before the server forks and nothing is changed as
-long as only readers come; the first connection that may write reopens it for writing.
-
-The lock is held while the image is opened or closed, never during requests.
+I1. It is open from the first enter() to the last leave(), which closes it cleanly.
+I2. While it is opened or closed, nobody enters or leaves: a reopening waits until the image is on disk.  Requests
+    never wait for that; only connections in use have any.
+I3. It is reopened at most once while in use: for writing, when it was opened for readers only and a writer comes.
+    Requests may still be in flight in the read-only one, which is therefore closed with the other.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable
+from typing import Callable
 
-from .affinity import Crowd
-from .chain import open_image
-from .errors import QEDError, RequestError
-from .image import DEFAULT_L2_CACHE, QEDImage
+from .errors import QEDError
+from .image import QEDImage
 from .in_flight import InFlight
 from .locks import Rank, ranked_lock
-from .sizes import parse_size
-from .storage.file import CacheMode, FileStorage, cache_mode, open_storage
-from .storage.lock import Locking, Use, locking
-
-if TYPE_CHECKING:
-    from .trace import TraceSelection
+from .storage.file import CacheMode, FileStorage, open_storage
+from .storage.lock import Locking, Use
 
 
 class Opener:
@@ -57,112 +52,86 @@ class Opener:
 
 
 class SharedImage:
-    """Configured by parameters, opened by check(), used through `image`."""
+    """`open_image(writable, opener, in_flight)` opens the image, or raises QEDError; `log` takes one-line notices."""
 
-    PARAMETERS = ("file", "cache", "l2_cache", "lock", "affinity", "trace")
+    image: QEDImage  # for those who have entered
 
-    def __init__(self, log: Callable[[str], None], trace_line: Callable[[str], None]) -> None:
-        self._log = log  # takes one-line notices
-        self._trace_line = trace_line
-        self._values: dict[str, str] = {}
-        self.crowd = Crowd()
-        self._in_flight = InFlight()  # also requests on the retired image
-        self._lock = ranked_lock(Rank.SHARED)
-        self._opener = Opener(Locking.AUTO)
-        self._retired: QEDImage | None = None  # the read-only one, whose last requests may still be in flight
-        self.image: QEDImage  # exists after check(); replaced once, by open()
+    def __init__(
+        self,
+        open_image: Callable[[bool, Opener, InFlight], QEDImage],
+        log: Callable[[str], None],
+        locking: Locking = Locking.AUTO,
+    ) -> None:
+        self._open_image = open_image
+        self._log = log
+        self._locking = locking
+        self._lock = ranked_lock(Rank.SHARED)  # protects all below; held while the image is opened or closed
+        self._users = 0
+        self._in_flight = InFlight()  # requests in both (I3)
+        self._opener = Opener(locking)
+        self._retired: QEDImage | None = None  # the read-only one (I3)
 
-    def configure(self, name: str, value: str) -> None:
-        """Take one parameter.  Raises RequestError if it is unknown, repeated or malformed."""
-        if name not in self.PARAMETERS:
-            raise RequestError(f"unknown parameter {name!r}: use {', '.join(self.PARAMETERS)}")
-        if name in self._values:
-            raise RequestError(f"parameter {name!r} is given twice")
-        if name == "cache":
-            cache_mode(value)
-        elif name == "l2_cache":
-            parse_size(value, name)
-        elif name == "lock":
-            self._opener = Opener(locking(value))
-        elif name == "trace":
-            self._selection(value)
-        elif name == "affinity":
-            if value not in ("auto", "off"):
-                raise RequestError(f"affinity={value} is not one of auto, off")
-            self.crowd.enabled = self.crowd.enabled and value == "auto"
-        elif not value:
-            raise RequestError(f"{name}= needs a value")
-        self._values[name] = value
+    def enter(self, readonly: bool) -> None:
+        """A connection begins; leave() ends it.  Raises QEDError.
 
-    def _selection(self, text: str) -> TraceSelection:
-        from .trace import TraceSelection
-
-        return TraceSelection(text, self._trace_line)
-
-    def configured(self) -> None:
-        """There are no more parameters.  Raises RequestError if one is missing."""
-        if "file" not in self._values:
-            raise RequestError("parameter 'file' is missing: file=IMAGE.qed")
-
-    def check(self) -> None:
-        """Open the image read-only.  Raises QEDError."""
-        self.image = self._open(writable=False)
+        Only with `readonly` allowed before a fork: it may start a thread otherwise.
+        """
+        with self._lock:
+            if not self._users:
+                self._opener = Opener(self._locking)
+                self.image = self._open(not readonly)
+            elif not (readonly or self.image.writable):
+                try:
+                    self._retired, self.image = self.image, self._open(True)
+                except BaseException:
+                    self._opener.read_only()
+                    raise
+            self._users += 1
 
     def _open(self, writable: bool) -> QEDImage:
-        trace = self._selection(self._values["trace"]) if "trace" in self._values else None
-        return open_image(
-            self._values["file"],
-            writable,
-            cache=self._values.get("cache", "writeback"),
-            l2_cache=parse_size(self._values["l2_cache"]) if "l2_cache" in self._values else DEFAULT_L2_CACHE,
-            trace=trace,
-            trace_dialect=trace.dialect if trace else "7.2",
-            log=self._log,
-            in_flight=self._in_flight,
-            opener=self._opener,
-        )
+        image = self._open_image(writable, self._opener, self._in_flight)
+        try:
+            image.start_timer()
+        except BaseException:
+            image.close()
+            raise
+        return image
 
-    def open(self, readonly: bool) -> None:
-        """A connection begins.  Raises QEDError.  Not before any fork: it may start a thread."""
+    def leave(self) -> None:
+        """A connection ends; it has no requests in flight.  The last one closes the image.  Raises QEDError."""
         with self._lock:
-            if readonly or self.image.writable:
-                return
-            try:
-                image = self._open(writable=True)
-                try:
-                    image.start_timer()
-                except BaseException:
-                    image.close()
-                    raise
-            except BaseException:
-                self._opener.read_only()
-                raise
-            self._retired, self.image = self.image, image
+            if self._users:
+                self._users -= 1
+                if not self._users:
+                    self._close()
 
     def close(self) -> None:
-        """Close cleanly.  No requests are in flight.  Raises QEDError."""
+        """Close the image cleanly, whoever uses it: the server ends.  No requests are in flight.  Raises QEDError."""
         with self._lock:
-            try:
-                if hasattr(self, "image"):
-                    self._tidy(self.image)
-                    self.image.close()
-            finally:
-                if self._retired is not None:
-                    self._retired.close()
+            if self._users:
+                self._users = 0
+                self._close()
 
-    def _tidy(self, image: QEDImage) -> None:
-        """An error in this is none in what clients were told."""
-        if not image.writable:
-            return
+    def _close(self) -> None:
+        retired, self._retired = self._retired, None
+        try:
+            notice = self._tidy(self.image) if self.image.writable else None
+            self.image.close()
+            if notice is not None:
+                self._log(notice)
+        finally:
+            if retired is not None:
+                retired.close()
+
+    def _tidy(self, image: QEDImage) -> str | None:
+        """What is left undone.  If the storage has failed, closing it tells."""
         from .compact import tidy
 
         try:
             holes = tidy(image)
         except QEDError as error:
-            self._log(str(error))
-        else:
-            if holes:
-                name = image.storage.name
-                self._log(
-                    f"{name}: {holes} clusters inside the file are free: give them back with qed check -r leaks"
-                )
+            return str(error)
+        if not holes:
+            return None
+        advice = "give them back with qed check -r leaks"
+        return f"{image.storage.name}: {holes} clusters inside the file are free: {advice}"

@@ -105,6 +105,9 @@ class DirectStorage(FileStorage):
     def pwritev(self, bufs: Sequence[ReadBuffer], offset: int) -> None:
         self.pwrite(b"".join(bufs), offset)
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """Nothing: reads go past the cache that this would fill."""
+
     @contextmanager
     def _writing(self, start: int, end: int, reads: bool) -> Iterator[None]:
         """Wait until no write in [start, end) conflicts (I5), and hold the range."""

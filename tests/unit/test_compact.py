@@ -376,10 +376,10 @@ def test_tidy_leaves_much_work(image: Image, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "TIDY_BYTES", 2 * CS)
     path = image(**SMALL, size=100 * CS, layout=dict.fromkeys(range(100), "data")).path
     lines: list[str] = []
-    shared = SharedImage(lines.append, lines.append)
-    shared.configure("file", str(path))
-    shared.check()
-    shared.open(readonly=False)
+    shared = SharedImage(
+        lambda writable, opener, in_flight: qedcore.open_image(path, writable, in_flight=in_flight), lines.append
+    )
+    shared.enter(readonly=False)
     shared.image.trim(10 * CS, 3 * CS)
     shared.close()
     assert lines == [f"{path}: 3 clusters inside the file are free: give them back with qed check -r leaks"]

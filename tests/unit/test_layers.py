@@ -30,10 +30,11 @@ LAYERS = (
     ("cluster", "alloc", "scan"),
     ("claims",),
     ("request", "trial"),
-    ("image",),
+    ("image", "prefetch"),
     ("instrument", "compact"),  # instrument: traced children of all the classes below it
     ("chain", "resize", "repair", "salvage"),
-    ("shared", "commit", "rebase", "formats", "__init__"),
+    ("shared", "parameters", "commit", "rebase", "formats", "__init__"),
+    ("exports",),  # all that a server needs
     ("cli.*",),  # among themselves: no cycles
     ("cli",),
     ("__main__",),
@@ -114,7 +115,7 @@ def test_every_module_has_a_layer() -> None:
 def test_edges_are_found() -> None:
     found = {(edge.source, edge.target) for edge in edges()}
     assert {("trace", "errors"), ("storage.direct", "storage"), ("storage.direct", "errors")} <= found
-    assert {("chain", "instrument"), ("shared", "trace"), ("__main__", "cli")} <= found  # late, typing only
+    assert {("chain", "instrument"), ("parameters", "trace"), ("__main__", "cli")} <= found  # late, typing only
 
 
 @pytest.mark.parametrize("source", sorted(MODULES))
@@ -158,7 +159,7 @@ def loaded(statement: str) -> set[str]:
 
 
 def test_serving_loads_no_more_than_it_needs() -> None:
-    modules = loaded("import qedcore.shared, qedcore.thread_state")
+    modules = loaded("import qedcore.exports, qedcore.prefetch, qedcore.thread_state")
     assert "qedcore.request" in modules
     unwanted = {"qedcore.instrument", "qedcore.trace", "qedcore.cli", "qedcore.storage.direct"}
     unwanted |= {"numpy", "nbd", "argparse", "json", "subprocess", "socket", "asyncio", "multiprocessing", "logging"}
