@@ -25,13 +25,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Callable, NamedTuple
 
-from .check import Damage
 from .compact import pack
 from .errors import ImageFormatError
 from .geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry, MiB, round_up
 from .header import FEATURE_NEED_CHECK, Header, HeaderUpdater, read_header
 from .image import Metadata
-from .scan import DATA, METADATA, ClusterUse, Scan, ScanResult, table_slices
+from .scan import DATA, METADATA, ClusterUse, Damage, Scan, ScanResult, table_slices
 from .storage import Storage
 from .table import TableIO
 from .trial import Fit, prove, raw_header, shape_of
@@ -254,10 +253,9 @@ class Repair:
                 if offset:
                     yield index, offset
 
-    def _table_uses(self, use: ClusterUse, offset: int) -> list[int]:
+    def _table_uses(self, use: ClusterUse, offset: int) -> bytes:
         """The bytes of the map for the clusters of a table."""
-        first = offset >> self._geometry.l2_shift
-        return [use.map[cluster] for cluster in range(first, first + self._geometry.table_size)]
+        return use.marks(offset >> self._geometry.l2_shift, self._geometry.table_size)
 
     def _correct_l1(self, use: ClusterUse) -> bool:
         """Clear or correct the entries that cannot lead to a table; True if there were any."""
@@ -312,7 +310,7 @@ class Repair:
             if shape is not None and shape.is_table and not any(self._table_uses(use, offset)):
                 entries = (entry for _, table in table_slices(self._storage, geo, offset) for entry in table)
                 data = (entry for entry in entries if entry > ZERO_CLUSTER and self._bounds.valid_cluster(entry))
-                if not any(use.map[entry >> geo.l2_shift] for entry in data):
+                if not any(any(use.marks(entry >> geo.l2_shift)) for entry in data):
                     yield offset
             cluster = use.next_free(cluster + 1)
 

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from .check import Damage
 from .errors import ImageFormatError, QEDError
 from .geometry import (
     ENTRY,
@@ -30,7 +29,7 @@ from .geometry import (
     round_up,
 )
 from .header import HEADER_BYTES, KNOWN_FEATURES, MAGIC, MAX_BACKING_NAME, Header
-from .scan import Scan, ScanResult, next_data, table_slices
+from .scan import Damage, Scan, ScanResult, next_data, table_slices
 from .storage import Storage
 from .table import TableIO
 

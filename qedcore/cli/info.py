@@ -9,14 +9,13 @@ import subprocess
 from typing import Any
 
 from ..chain import resolve
-from ..check import Walk
 from ..errors import RequestError, StorageError, UnsupportedError
 from ..geometry import SECTOR, round_up
 from ..header import FEATURE_NAMES, FEATURE_NO_PROBE, read_header
 from ..image import QEDImage
+from ..scan import Scan
 from ..sizes import format_size
 from ..storage.file import open_storage
-from ..table import TableIO
 from .common import (
     Location,
     add_output,
@@ -91,14 +90,16 @@ def details(path: str, image: QEDImage) -> Facts:
     storage = open_storage(path, writable=False)
     try:
         header, geometry, bounds = read_header(storage)
-        found = Walk(TableIO(storage), geometry, bounds, header.l1_table_offset).run()
+        found = Scan(storage, geometry, bounds, header.l1_table_offset).run()
+        if found.error is not None:
+            raise found.error
     finally:
         storage.close()
     return {
         "table-size": header.table_size,
         "features": [name for bit, name in FEATURE_NAMES.items() if header.features & bit],
         "allocated-clusters": found.allocated,
-        "free-clusters": max(bounds.end // header.cluster_size - found.referenced, 0),
+        "free-clusters": found.leaks,
     }
 
 

@@ -26,9 +26,9 @@ LAYERS = (
     ("storage.direct",),
     ("header", "rehearsal"),
     ("table", "create"),
-    ("l2_cache", "check", "past_end"),
+    ("l2_cache", "past_end"),
     ("cluster", "alloc", "scan"),
-    ("request", "trial"),
+    ("request", "trial", "check"),
     ("image",),
     ("instrument", "compact"),  # instrument: traced children of all the classes below it
     ("chain", "resize", "repair", "salvage"),
