@@ -26,7 +26,9 @@ import sys
 import threading
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from operator import sub
 from typing import Any, Callable
 
@@ -45,7 +47,8 @@ _USE = METADATA | DATA
 
 MAX_CLUSTERS = 1 << 30  # in the map, which takes a byte for each
 _BLOCK = 512  # entries: slices are multiples of it
-_VECTOR_ENTRIES = 1 << 18  # L2 entries from which on loading numpy pays
+_VECTOR_ENTRIES = 1 << 22  # L2 entries from which on loading numpy pays,
+_SCATTERED_ENTRIES = 1 << 18  # and where few clusters follow the one before
 _BLANK = bytes(MAX_SLICE_SIZE)
 _MAP_STEP = 1 << 20  # clusters of the map looked at at once
 _FAR = 1 << 63  # past the end of every file
@@ -232,13 +235,17 @@ class Blocks:
         geo, first = self._geometry, block[0]
         if block == self._blank:
             return 0, 0, expected
-        if block[-1] == first + self._length:
+        if self.may_be_run(first, block[-1]):
             valid = self._bounds.valid_cluster(first) and self._bounds.valid_cluster(block[-1])
             if valid and _as_integer(block) == first * self._ones + self._steps:
                 if not self._use.claim_run(first >> geo.l2_shift, _BLOCK, DATA):
                     return None
                 return _BLOCK, int(expected not in (0, first)), block[-1] + geo.cluster_size
         return self._claim_all(block, expected)
+
+    def may_be_run(self, first: int, last: int) -> bool:
+        """By the first and the last entry of a block."""
+        return last == first + self._length
 
     def _claim_all(self, block: Table, expected: int) -> tuple[int, int, int] | None:
         """Claim clusters in any order."""
@@ -289,6 +296,13 @@ class Vectors:
         """(data clusters, how many are fragmented, next offset expected), or None: look at the entries one by one."""
         np, geo, bounds = self._np, self._geometry, self._bounds
         entries = np.frombuffer(table, dtype=np.uint64)
+        n, first, last = len(table), table[0], table[-1]
+        if last == first + (n - 1) * geo.cluster_size and bounds.valid_cluster(first) and last < self._end:
+            steps = np.subtract(entries[1:], entries[:-1], out=self._scratch[: n - 1])
+            part = self._map[first >> geo.l2_shift : (last >> geo.l2_shift) + 1]
+            if (steps == geo.cluster_size).all() and not (self._strict and part.any()):
+                part |= DATA
+                return n, int(expected not in (0, first)), last + geo.cluster_size
         lowest = int(entries.min())
         if lowest <= ZERO_CLUSTER:
             entries = entries[entries > ZERO_CLUSTER]
@@ -299,23 +313,15 @@ class Vectors:
         first, last = int(entries[0]), int(entries[-1])
         steps = np.subtract(entries[1:], entries[:-1], out=self._scratch[: n - 1])
         jumps = int(np.count_nonzero(steps != geo.cluster_size))
-        if not jumps:
-            if not (bounds.valid_cluster(first) and bounds.valid_cluster(last) and last < self._end):
-                return None
-            part = self._map[first >> geo.l2_shift : (last >> geo.l2_shift) + 1]
-            if self._strict and part.any():
-                return None
-            part |= DATA
-        else:
-            if int(np.bitwise_or.reduce(entries)) & geo.cluster_mask:
-                return None
-            if lowest < bounds.start or int(entries.max()) >= self._end:
-                return None
-            numbers = np.right_shift(entries, np.uint64(geo.l2_shift), out=self._scratch[:n]).view(np.int64)
-            if self._strict and (self._map[numbers].any() or len(np.unique(numbers)) != n):
-                return None
-            # Wrong where a table is, but then the sum is wrong, too, and the strict scan follows.
-            self._map[numbers] = DATA
+        if int(np.bitwise_or.reduce(entries)) & geo.cluster_mask:
+            return None
+        if lowest < bounds.start or int(entries.max()) >= self._end:
+            return None
+        numbers = np.right_shift(entries, np.uint64(geo.l2_shift), out=self._scratch[:n]).view(np.int64)
+        if self._strict and (self._map[numbers].any() or len(np.unique(numbers)) != n):
+            return None
+        # Wrong where a table is, but then the sum is wrong, too, and the strict scan follows.
+        self._map[numbers] = DATA
         fragmented = jumps + (expected not in (0, first))
         return n, fragmented, last + geo.cluster_size
 
@@ -407,7 +413,8 @@ class Scan:
         self._read_l1()
         wanted = self._want_vectors
         if wanted is None:
-            wanted = self.result.tables * self.geometry.table_entries >= _VECTOR_ENTRIES
+            total = self.result.tables * self.geometry.table_entries
+            wanted = total >= (_SCATTERED_ENTRIES if self._is_scattered() else _VECTOR_ENTRIES)
         if not (wanted and not self.result.corruptions and not self.use.unmapped and self._is_sound()):
             self._vectors = self._load_vectors(strict=True) if wanted else None
             self._read_l2_tables(limit)
@@ -417,6 +424,19 @@ class Scan:
         self._count_leaks()
         self._vectors = None  # it holds on to the map
         return self.result
+
+    def _is_scattered(self) -> bool:
+        """By the first slice of L2 tables: most of its blocks are no runs."""
+        if self.result.corruptions:
+            return False
+        blocks = runs = 0
+        for _, offset in islice(self.l1_entries(), 1):
+            with suppress(StorageError):  # the scan will meet it, too
+                for _, table in islice(table_slices(self.storage, self.geometry, offset, self._buffer), 1):
+                    for at in range(0, len(table), _BLOCK):
+                        blocks += table[at] > ZERO_CLUSTER
+                        runs += self._blocks.may_be_run(table[at], table[at + _BLOCK - 1])
+        return 2 * runs < blocks
 
     def _is_sound(self) -> bool:
         """A quick look at all L2 tables, by two threads.  False: there is damage, or no numpy; all is as before."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from typing import Any, Callable
@@ -138,6 +137,8 @@ def _finish(
         return EXIT_NOT_COMPLETED
     if not args.quiet:
         if args.output == "json":
+            import json  # here, because mere text should not wait for it
+
             found = facts(where.name, header, last, corruptions_fixed, leaks_fixed)
             print(json.dumps(found if notes is None else {**found, "repairs": notes}, indent=4))
         else:

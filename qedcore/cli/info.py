@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 from typing import Any
 
 from ..chain import resolve
@@ -155,11 +153,15 @@ class Chain:
         program = find_qemu_img()
         if program is None:
             raise UnsupportedError(f"Could not open '{where.name}': describing it ({format}) needs qemu-img")
+        import subprocess  # here, because others should not wait for it
+
         command = [program, "info", "--backing-chain", f"--output={self._args.output}", where.name]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             raise RequestError(done.stderr.strip().partition(": ")[2])
         if self._args.output == "json":
+            import json
+
             self.layers += json.loads(done.stdout)
         else:
             self.tail = done.stdout
@@ -195,6 +197,8 @@ def run(args: argparse.Namespace) -> int:
     chain = Chain(args)
     chain.follow(where)
     if args.output == "json":
+        import json
+
         print(json.dumps(chain.layers if args.backing_chain else chain.layers[0], indent=4))
         return 0
     for i, facts in enumerate(chain.layers):

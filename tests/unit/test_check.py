@@ -473,7 +473,7 @@ def test_clusters_that_cannot_be_compared(image: Image) -> None:
 def test_table_that_cannot_be_compared(image: Image) -> None:
     built = image(**dirty({"cluster_size": 4 * KiB, "layout": "D", "l1_entries": {1: HUGE - MiB}}))
     lengthen(built, HUGE)
-    assert any("nothing was changed: 1 references" in line or "references" in line for line in repair(built.path))
+    assert any("nothing was changed" in line for line in repair(built.path))
     assert built.path.stat().st_size == HUGE
     with QedFile(built.path) as file:
         assert file.need_check
