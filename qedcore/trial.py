@@ -52,8 +52,8 @@ class Fit(NamedTuple):
 
     @property
     def sensible(self) -> bool:
-        """Something is right."""
-        return self.found.allocated > self.found.corruptions
+        """Most is right."""
+        return self.found.allocated > 2 * self.found.corruptions
 
     def changes(self, before: Header) -> list[str]:
         """What is different, for people."""

@@ -365,6 +365,23 @@ def test_wrong_header_is_not_believed(image: Image, name: str) -> None:
     assert built.path.read_bytes() == before
 
 
+def test_header_that_fits_badly_is_not_believed(image: Image) -> None:
+    """A stray L1 entry speaks against the true header; with the other one, nearly all entries are wrong."""
+    built = image(
+        **SMALL,
+        size=E * CS,
+        layout=dict.fromkeys((2, 472, 788, 1023), "data"),
+        reverse=True,
+        l1_entries={1: lambda b: b.offsets[472]},
+        entries={472: lambda b: b.offsets[1023]},
+        header={"table_size": 156},
+    )
+    before = built.path.read_bytes()
+    with pytest.raises(ImageFormatError):
+        repair_file(built.path)
+    assert built.path.read_bytes() == before
+
+
 def test_header_that_nothing_proves(image: Image) -> None:
     built = image(header={"cluster_size": 9})  # no data at all
     before = built.path.read_bytes()
