@@ -1,183 +1,119 @@
-"""One walk over all tables, shared by the repair on open and by `qed check`.
+"""What a writable open of a NEED_CHECK image does: the repair after a crash.
 
-Every table is read once, slice by slice, and nothing is cached, so memory is bounded by the clusters that are
-really referenced.  All entries count, also those past the end of the device: they keep their clusters.
+I1. Entries that cannot be right are cleared: what they were meant to refer to never reached the file.  Clusters that
+    are shared are left alone, and reported: all that is known is that one of the two is wrong.
+I2. A table that shares its clusters with data of the guest is not written to: it may be no table.
+I3. The unreferenced tail is given back if all damage is what a crash leaves behind.  Behind any other damage there
+    may be something to salvage.
+I4. NEED_CHECK is cleared when all of that is durable and nothing is left.  A crash or an error in here is met by the
+    same repair at the next open.
+I5. Memory has a limit, whatever the image: the map (MAP_LIMIT), 8 bytes per table with damage, one slice.
+
 The caller makes sure that nobody changes the tables meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from .header import FEATURE_NEED_CHECK, HeaderUpdater
+from .scan import DATA, Damage, Scan, table_slices
 from .storage import Storage
 from .table import Table, TableIO, empty
 
-_CHUNK_BITS = 15  # clusters per chunk of a ClusterSet: 4 KiB each
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A table entry that cannot be right."""
-
-    table: str  # "L1" or "L2"
-    table_offset: int  # bytes: where that table starts in the file
-    index: int  # of the entry
-    value: int  # of the entry
-    pos: int  # bytes: the first guest position that it maps
-    shared: bool  # points to clusters that are referenced already
-    past_end: bool  # points past the end of the file: what a crash leaves behind
-
-    def __str__(self) -> str:
-        where = f"{self.table} entry {self.index} at {self.table_offset + self.index * ENTRY:#x}"
-        what = (
-            "clusters that are referenced already"
-            if self.shared
-            else "past the end of the file"
-            if self.past_end
-            else "not a valid offset"
-        )
-        return f"{where} (guest position {self.pos:#x}) points to {self.value:#x}: {what}"
+# Clusters, and bytes of memory: 8 TiB at the default geometry.  What is behind cannot be compared with the rest.
+MAP_LIMIT = 1 << 27
+_MAX_LINES = 20  # of one kind, in the log
 
 
 @dataclass
-class WalkResult:
-    """What a walk has found."""
+class Recovery:
+    """What a repair after a crash has found and done."""
 
-    damage: list[Damage] = field(default_factory=list)
-    allocated: int = 0  # data clusters
-    fragmented: int = 0  # data clusters that do not follow the one before
-    referenced: int = 0  # clusters: header area, tables and data
-    end: int = 0  # bytes: first byte after the last referenced cluster
-
-    @property
-    def clean(self) -> bool:
-        return not self.damage
+    findings: int = 0  # damaged entries, and a tail that was given back
+    lines: list[str] = field(default_factory=list)  # about them, for people: not all, if there are many
+    whole: bool = False  # nothing is left: NEED_CHECK is cleared
 
 
-class ClusterSet:
-    """A set of cluster numbers, in bits, taking memory only where there are some."""
+class _Damages:
+    """Takes the reports of a scan, and keeps what the repair needs of them."""
 
     def __init__(self) -> None:
-        self._chunks: dict[int, bytearray] = {}
+        self.count = 0
+        self.first: list[Damage] = []
+        self.shared = False  # there are shared clusters
+        self.only_past_end = True
+        self.tables = empty(0)  # bytes: file offsets of tables with entries that cannot be right
 
-    def add(self, cluster: int) -> bool:
-        """Add one; False if it was there already."""
-        chunk = self._chunks.get(cluster >> _CHUNK_BITS)
-        if chunk is None:
-            chunk = self._chunks[cluster >> _CHUNK_BITS] = bytearray(1 << (_CHUNK_BITS - 3))
-        byte = (cluster >> 3) & ((1 << (_CHUNK_BITS - 3)) - 1)
-        bit = 1 << (cluster & 7)
-        if chunk[byte] & bit:
-            return False
-        chunk[byte] |= bit
-        return True
-
-
-class Walk:
-    """A walk over the tables of one image.  Raises StorageError where a table cannot be read."""
-
-    def __init__(self, tables: TableIO, geometry: Geometry, bounds: Bounds, l1_offset: int) -> None:
-        self._tables = tables
-        self._geometry = geometry
-        self._bounds = bounds
-        self._l1_offset = l1_offset  # bytes
-        self._used = ClusterSet()
-        self.result = WalkResult()
-
-    def run(self) -> WalkResult:
-        geo, result = self._geometry, self.result
-        result.referenced = self._bounds.start // geo.cluster_size
-        result.end = self._bounds.start
-        self._use_table(self._l1_offset)
-        for base, l1 in self._slices(self._l1_offset):
-            for i, offset in enumerate(l1, base):
-                if offset:
-                    self._visit_l2(i, offset)
-        return result
-
-    def _slices(self, offset: int) -> Iterator[tuple[int, Table]]:
-        """(index of the first entry, slice) for the slices of a table that are not empty."""
-        geo = self._geometry
-        for base in range(0, geo.table_entries, geo.slice_entries):
-            table = self._tables.read(offset + base * ENTRY, geo.slice_entries)
-            if table.count(0) != len(table):
-                yield base, table
-
-    def _visit_l2(self, index: int, offset: int) -> None:
-        geo, result = self._geometry, self.result
-        pos = index << geo.l1_shift
-        if not self._bounds.valid_table(offset):
-            self._report("L1", self._l1_offset, index, offset, pos)
-            return
-        if not self._use_table(offset):
-            self._report("L1", self._l1_offset, index, offset, pos, shared=True)
-            return
-        expected = 0
-        for base, table in self._slices(offset):
-            for i, entry in enumerate(table, base):
-                if entry <= ZERO_CLUSTER:
-                    continue
-                result.allocated += 1
-                if entry != expected:
-                    result.fragmented += expected != 0
-                expected = entry + geo.cluster_size
-                if not self._bounds.valid_cluster(entry):
-                    self._report("L2", offset, i, entry, pos + (i << geo.l2_shift))
-                elif not self._use(entry):
-                    self._report("L2", offset, i, entry, pos + (i << geo.l2_shift), shared=True)
-
-    def _report(self, table: str, at: int, index: int, value: int, pos: int, shared: bool = False) -> None:
-        past_end = value >= self._bounds.end - (self._geometry.table_bytes if table == "L1" else 0)
-        aligned = not value & self._geometry.cluster_mask
-        self.result.damage.append(Damage(table, at, index, value, pos, shared, past_end and aligned))
-
-    def _use(self, offset: int) -> bool:
-        if not self._used.add(offset >> self._geometry.l2_shift):
-            return False
-        self.result.referenced += 1
-        self.result.end = max(self.result.end, offset + self._geometry.cluster_size)
-        return True
-
-    def _use_table(self, offset: int) -> bool:
-        geo = self._geometry
-        free = True
-        for part in range(offset, offset + geo.table_bytes, geo.cluster_size):
-            free = self._use(part) and free
-        return free
+    def report(self, damage: Damage) -> None:
+        self.count += 1
+        if len(self.first) < _MAX_LINES:
+            self.first.append(damage)
+        self.only_past_end = self.only_past_end and damage.past_end
+        if damage.shared:
+            self.shared = True
+        elif not self.tables or self.tables[-1] != damage.table_offset:
+            self.tables.append(damage.table_offset)
 
 
 def repair_after_crash(
     storage: Storage, header: HeaderUpdater, tables: TableIO, geometry: Geometry, bounds: Bounds
-) -> tuple[bool, list[str]]:
-    """What a writable open of a NEED_CHECK image does: (whole again, what was found and done).
+) -> Recovery:
+    """Repair the image, and move bounds.end if the file gets shorter.  Raises StorageError; NEED_CHECK then stays."""
+    l1_offset = header.header.l1_table_offset
+    found = _Damages()
+    scan = Scan(
+        storage,
+        geometry,
+        bounds,
+        l1_offset,
+        report=found.report,
+        vectors=False,
+        map_limit=MAP_LIMIT,
+        go_on=False,
+    )
+    result = scan.run()
+    if result.error is not None:
+        raise result.error
 
-    Entries that cannot be right are cleared and the unreferenced tail is given back.  NEED_CHECK is cleared only
-    when all of that is durable and no cluster is shared.  Raises StorageError; the flag then stays, so that a crash
-    or an error in here is met by the same repair at the next open.
-    """
-    found = Walk(tables, geometry, bounds, header.header.l1_table_offset).run()
-    report = []
-    none = empty(1)
-    assert none[0] == UNALLOCATED
-    for damage in found.damage:
-        if damage.shared:
-            report.append(f"cannot repair: {damage}")
-            continue
-        sector = damage.index - damage.index % 64
-        table = tables.read(damage.table_offset + sector * ENTRY, 64)
-        tables.write(damage.table_offset + sector * ENTRY, table, damage.index - sector, none)
-        report.append(f"cleared {damage}")
-    whole = not any(damage.shared for damage in found.damage)
-    if all(damage.past_end for damage in found.damage) and storage.size() > found.end:
-        # Only a crash's leftovers are given back; behind any other damage there may be something to salvage.
-        report.append(f"truncated {storage.size() - found.end} unreferenced bytes at {found.end:#x}")
-        bounds.end = found.end
-        storage.truncate(found.end)
+    def writable(table: int) -> bool:
+        """Surely no data of the guest is where this table is."""
+        marks = scan.use.marks(table >> geometry.l2_shift, geometry.table_size)
+        return not result.unmapped and not any(mark & DATA for mark in marks)
+
+    for offset in found.tables:
+        if writable(offset):
+            valid = bounds.valid_table if offset == l1_offset else bounds.valid_cluster
+            lowest = ZERO_CLUSTER if offset == l1_offset else ZERO_CLUSTER + 1  # of the entries that lead somewhere
+            for base, table in table_slices(storage, geometry, offset):
+                wrong = [i for i, entry in enumerate(table) if entry >= lowest and not valid(entry)]
+                if wrong:
+                    _clear(tables, offset + base * ENTRY, table, wrong)
+    done = Recovery(found.count)
+    for damage in found.first:
+        cleared = not damage.shared and writable(damage.table_offset)
+        done.lines.append(f"{'cleared' if cleared else 'cannot repair:'} {damage}")
+    if found.count > len(found.first):
+        done.lines.append(f"and {found.count - len(found.first)} more damaged entries")
+    if result.unmapped:
+        done.lines.append(f"nothing was changed: {result.unmapped} references lead too far to be compared")
+    done.whole = not found.shared and not result.unmapped
+    if found.only_past_end and not result.unmapped and storage.size() > result.end:
+        done.findings += 1
+        done.lines.append(f"truncated {storage.size() - result.end} unreferenced bytes at {result.end:#x}")
+        bounds.end = result.end
+        storage.truncate(result.end)
     storage.flush()  # the repair, before the flag that asks for it
-    if whole:
+    if done.whole:
         header.set_features(clear=FEATURE_NEED_CHECK)
         storage.flush()
-    return whole, report
+    return done
+
+
+def _clear(tables: TableIO, offset: int, table: Table, wrong: list[int]) -> None:
+    """Clear these entries of the slice at `offset` with one write."""
+    repaired = table[:]
+    for i in wrong:
+        repaired[i] = UNALLOCATED
+    tables.write(offset, table, wrong[0], repaired[wrong[0] : wrong[-1] + 1])

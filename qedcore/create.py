@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -74,7 +73,7 @@ def replacing(path: str | os.PathLike[str], replace: bool = True) -> Iterator[st
         code = errno.EISDIR if os.path.isdir(path) else errno.EEXIST
         raise StorageError(f"cannot create {path}: it exists and is not a regular file", code=code)
     directory = os.path.dirname(path)
-    temporary = os.path.join(directory, f".qed-{secrets.token_hex(8)}")
+    temporary = os.path.join(directory, f".qed-{os.urandom(8).hex()}")
     with _locked(name):
         try:
             open(temporary, "xb").close()

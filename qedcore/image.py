@@ -24,7 +24,6 @@ from .request import ClosedRequests, Requests, Source, WritableRequests
 from .storage import ReadBuffer, Storage, WriteBuffer
 from .table import TableIO
 
-_MAX_LINES = 20  # of a repair, in the log
 DEFAULT_L2_CACHE = 8 * MiB  # bytes: the tables of 64 GiB at the default geometry
 
 
@@ -128,20 +127,18 @@ class QEDImage:
         self._clusters.expect_growth(self._log)
 
     def _repair(self, gate: NeedCheckGate) -> None:
-        whole, report = repair_after_crash(self.storage, self._header, self._tables, self.geometry, self._bounds)
+        done = repair_after_crash(self.storage, self._header, self._tables, self.geometry, self._bounds)
         self._clusters.reload(self.header.l1_table_offset, self.size)
         name = self.storage.name
-        self._log(f"{name}: was not closed cleanly: checked, findings: {len(report) or 'none'}")
-        for line in report[:_MAX_LINES]:
+        self._log(f"{name}: was not closed cleanly: checked, findings: {done.findings or 'none'}")
+        for line in done.lines:
             self._log(f"{name}: {line}")
-        if len(report) > _MAX_LINES:
-            self._log(f"{name}: and {len(report) - _MAX_LINES} more")
-        if whole:
+        if done.whole:
             gate.settled()
         else:
             gate.fail()
             self._allocator.reuse = False
-            self._log(f"{name}: damage is left: shared clusters change together; check the image")
+            self._log(f"{name}: damage may be left: shared clusters change together; check the image")
 
     @contextmanager
     def maintenance(self) -> Iterator[Metadata]:

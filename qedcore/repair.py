@@ -14,6 +14,7 @@ I3. A copy is durable before the entry that leads to it is written, so a crash s
     copy.  Copies that nothing leads to yet are leaks, which the next repair finds.
 I4. NEED_CHECK is cleared last, when everything is durable and a scan has found no damage (QEMU clears it first).
 I5. Leaks are given back only when there is no damage left: they may hold what a damaged entry meant.
+I6. A table whose place in the device is not certain is kept, and so is the damage that hides it, unless `force`d.
 
 The caller makes sure that nobody else uses the image.
 """
@@ -25,13 +26,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Callable, NamedTuple
 
-from .check import Damage
 from .compact import pack
 from .errors import ImageFormatError
 from .geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry, MiB, round_up
 from .header import FEATURE_NEED_CHECK, Header, HeaderUpdater, read_header
 from .image import Metadata
-from .scan import DATA, METADATA, ClusterUse, Scan, ScanResult, table_slices
+from .scan import DATA, METADATA, ClusterUse, Damage, Scan, ScanResult, next_data, table_slices
 from .storage import Storage
 from .table import TableIO
 from .trial import Fit, prove, raw_header, shape_of
@@ -40,7 +40,6 @@ KEPT = 16  # in ClusterUse.map: of a table that stays where it is
 _COPY_STEP = 4 * MiB  # bytes copied with one read and one write
 _BATCH = 64 * MiB  # bytes copied between flushes
 _ROUNDS = 4  # more of the same, at most; one has always been enough
-_FEW = 1000  # lost L1 entries of which a list is made
 _WRONG_L1_ENTRIES = 8  # no more may be damage, if none is right
 
 _NOBODY: Any = None  # in the place of what an open image has
@@ -102,7 +101,8 @@ class Repair:
     """A repair of the image in `storage`.  Raises QEDError; what was done by then stays, and is no worse than before.
 
     `say` takes one-line notices of what is wrong and what is done about it; `rehearse`: data is not copied, and
-    clusters are not moved (for a Rehearsal, which cannot hold them).
+    clusters are not moved (for a Rehearsal, which cannot hold them); `force`: tables that nothing proves the place of
+    are given up.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class Repair:
         say: Say = lambda line: None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         rehearse: bool = False,
+        force: bool = False,
         vectors: bool | None = None,
     ) -> None:
         self._storage = storage
@@ -119,6 +120,8 @@ class Repair:
         self._say = say
         self._progress = progress
         self._rehearse = rehearse
+        self._force = force
+        self._kept_lost = False  # that there are lost tables was said
         self._vectors = vectors
         self._shared: list[Shared] = []
         self.outcome = Outcome()
@@ -254,15 +257,13 @@ class Repair:
                 if offset:
                     yield index, offset
 
-    def _table_uses(self, use: ClusterUse, offset: int) -> list[int]:
+    def _table_uses(self, use: ClusterUse, offset: int) -> bytes:
         """The bytes of the map for the clusters of a table."""
-        first = offset >> self._geometry.l2_shift
-        return [use.map[cluster] for cluster in range(first, first + self._geometry.table_size)]
+        return use.marks(offset >> self._geometry.l2_shift, self._geometry.table_size)
 
     def _correct_l1(self, use: ClusterUse) -> bool:
         """Clear or correct the entries that cannot lead to a table; True if there were any."""
         changed = False
-        lost: list[Damage] = []
         l1_offset = self._header.header.l1_table_offset
         for index, offset in self._l1_entries():
             damage = Damage("L1", l1_offset, index, offset, index << self._geometry.l1_shift, False, False)
@@ -274,10 +275,10 @@ class Repair:
                     self._write_entry(
                         damage, rounded, "a table is there that nothing else refers to: low bits cleared"
                     )
-                elif damage.pos < self._header.header.image_size and len(lost) < _FEW:
-                    lost.append(damage)
-                else:
+                elif damage.pos >= self._header.header.image_size:
                     self._write_entry(damage, UNALLOCATED, "not a valid offset: cleared")
+                else:
+                    continue  # later, when it is known which tables have no entry
             elif abs(offset - l1_offset) < self._geometry.table_bytes:
                 self._write_entry(damage, UNALLOCATED, "the L1 table itself: cleared")
             elif self._has_data(use, offset) and not self._looks_like_table(offset):
@@ -285,22 +286,40 @@ class Repair:
             else:
                 continue
             changed = True
-        self._correct_lost(use, lost)
-        return changed
+        return self._correct_lost(use) or changed
 
-    def _correct_lost(self, use: ClusterUse, lost: list[Damage]) -> None:
-        """L1 entries of which nothing is left: if one table has lost its entry, too, they belong together."""
+    def _lost(self) -> Iterator[Damage]:
+        """L1 entries of the device of which nothing is left that leads to a table."""
+        l1_offset = self._header.header.l1_table_offset
+        for index, offset in self._l1_entries():
+            pos = index << self._geometry.l1_shift
+            if not self._bounds.valid_table(offset) and pos < self._header.header.image_size:
+                yield Damage("L1", l1_offset, index, offset, pos, False, False)
+
+    def _correct_lost(self, use: ClusterUse) -> bool:
+        """Clear the lost entries, if no table has lost its entry; true if there were any.
+
+        One table and one place for it belong together.  Of several nobody knows: they are left alone (I6).
+        """
+        lost = list(islice(self._lost(), 2))
         orphans = list(islice(self._orphans(use), 2)) if lost else []
         if len(lost) == len(orphans) == 1:
             self._write_entry(lost[0], orphans[0], f"the only table without an entry is at {orphans[0]:#x}: that one")
-            return
-        for damage in lost:
-            self._write_entry(damage, UNALLOCATED, "not a valid offset: cleared")
-        if orphans:
-            # Kept as leaks they would never go away.  --dry-run says this before anything is done.
+            return True
+        if not orphans or self._force:
+            for damage in self._lost():
+                self._write_entry(damage, UNALLOCATED, "not a valid offset: cleared")
+            return bool(lost)
+        if not self._kept_lost:
+            self._kept_lost = True
             self._say(
-                f"what is at {orphans[0]:#x} looks like an L2 table, but nothing proves its place: given up as a leak"
+                f"what is at {orphans[0]:#x} looks like an L2 table, but nothing proves its place: L1 entries that "
+                f"lead nowhere are left alone, and so are leaks: try qed salvage, or give it up with --force"
             )
+        for damage in self._lost():
+            if not damage.value & self._geometry.cluster_mask and damage.value >= self._bounds.start:
+                self._write_entry(damage, damage.value | 1, "must not lead to what the file gets next: made invalid")
+        return False
 
     def _orphans(self, use: ClusterUse) -> Iterator[int]:
         """Offsets of what has the shape of an L2 table, and like its data clusters is used by nothing."""
@@ -308,11 +327,15 @@ class Repair:
         cluster = use.next_free(self._bounds.start >> geo.l2_shift)
         while cluster < use.clusters:
             offset = cluster << geo.l2_shift
+            data_at = next_data(self._storage, offset)
+            if data_at >= offset + geo.cluster_size:
+                cluster = use.next_free(data_at >> geo.l2_shift)
+                continue
             shape = shape_of(self._storage, geo, self._bounds, offset)
             if shape is not None and shape.is_table and not any(self._table_uses(use, offset)):
                 entries = (entry for _, table in table_slices(self._storage, geo, offset) for entry in table)
                 data = (entry for entry in entries if entry > ZERO_CLUSTER and self._bounds.valid_cluster(entry))
-                if not any(use.map[entry >> geo.l2_shift] for entry in data):
+                if not any(any(use.marks(entry >> geo.l2_shift)) for entry in data):
                     yield offset
             cluster = use.next_free(cluster + 1)
 
@@ -391,6 +414,8 @@ class Repair:
         changed = False
         for index, offset in self._l1_entries():
             first = offset >> geo.l2_shift
+            if not self._bounds.valid_table(offset):
+                continue  # left alone
             uses = self._table_uses(use, offset)
             overlaps = any(byte & KEPT for byte in uses)
             if not overlaps and not any(byte & DATA for byte in uses):

@@ -31,7 +31,7 @@ from .geometry import (
     MiB,
 )
 from .header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header
-from .scan import next_data, table_slices
+from .scan import DATA, METADATA, ClusterUse, next_data, table_slices
 from .storage import Storage
 from .table import TableIO
 from .trial import CLUSTER_SIZES, TABLE_SIZES, Fit, best_fit, fit, l1_shaped, raw_header, shape_of
@@ -230,17 +230,19 @@ class Salvage:
                         found.lost.add(index)
             if found.tables and not found.lost:
                 return
-        used = {
-            offset + part
-            for offset in [*found.tables.values(), found.l1_offset or 0]
-            for part in range(0, geo.table_bytes, geo.cluster_size)
-        }
-        mapped = {entry for offset in found.tables.values() for _, entry in self._data(geo, offset)}
+        use = ClusterUse(bounds.end >> geo.l2_shift)
+        for offset in [*found.tables.values(), found.l1_offset or 0]:
+            for part in range(0, geo.table_bytes, geo.cluster_size):
+                use.claim((offset + part) >> geo.l2_shift, METADATA)
+        for offset in found.tables.values():
+            for _, entry in self._data(geo, offset):
+                if bounds.valid_cluster(entry):
+                    use.claim(entry >> geo.l2_shift, DATA)
         # What is another table's data was written by the guest, whatever it looks like.
         orphans = [
             offset
             for offset in find_tables(storage, geo, self._progress)
-            if offset not in used and offset not in mapped and not self._refers_to(geo, offset, mapped)
+            if not any(use.marks(offset >> geo.l2_shift)) and not self._refers_to(geo, offset, use)
         ]
         if found.tables or found.lost:
             places = sorted(found.lost)
@@ -262,9 +264,11 @@ class Salvage:
                 if entry > ZERO_CLUSTER:
                     yield i, entry
 
-    def _refers_to(self, geometry: Geometry, offset: int, mapped: set[int]) -> bool:
+    def _refers_to(self, geometry: Geometry, offset: int, use: ClusterUse) -> bool:
         """Does a table share data with those that are found?  Then it is an old copy, or no table."""
-        return any(entry in mapped for _, entry in self._data(geometry, offset))
+        return any(
+            mark & DATA for _, entry in self._data(geometry, offset) for mark in use.marks(entry >> geometry.l2_shift)
+        )
 
     def _mapped_end(self, found: Found) -> int:
         end = 0

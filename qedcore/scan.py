@@ -1,15 +1,20 @@
-"""A scan of all tables for `qed check`: every damaged entry, and for every cluster of the file who uses it.
+"""A scan of all tables: every damaged entry, and for every cluster of the file who uses it.
 
-It differs from check.Walk, which a server runs when it opens a dirty image, in three ways.  Tables are claimed
-before data, so that a table never loses against a stray data entry.  Tables that overlap are read all the same:
-what they refer to is no leak.  And a map of one byte per cluster is kept, which a repair needs.
+Tables are claimed before data, so that a table never loses against a stray data entry.  Tables that overlap are
+read all the same: what they refer to is no leak.
 
     map:  | METADATA | 0 | DATA | DATA ... |     memory: one byte per cluster of the file, in pages touched
           header, tables ^ leak               only, however large the tables are; they are read in slices
 
-numpy, if installed, looks at the tables of large images first, in two threads (QuickLook): a sound image needs no
-more.  If anything is wrong, a second scan goes through the slices in order, and numpy only spares it those with
-nothing to report.  So all findings come from plain Python, and are the same without numpy.
+The map ends at a limit, whatever the size of the file.  Clusters after it are valid, but nobody knows who else uses
+them, and tables there are not read: ScanResult.unmapped counts both.
+
+Entries are looked at in blocks.  Empty blocks, runs of clusters and blocks of sound entries are dealt with at once;
+the others entry by entry, and all findings come from there.
+
+numpy, if installed and wanted, looks at the tables of large images first, in two threads (QuickLook): a sound image
+needs no more.  If anything is wrong, a second scan goes through the slices in order, and numpy only spares it those
+with nothing to report.  So the findings are the same without numpy.
 """
 
 from __future__ import annotations
@@ -19,15 +24,18 @@ import mmap
 import os
 import sys
 import threading
+from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
+from operator import sub
 from typing import Any, Callable
 
-from .check import Damage
 from .errors import StorageError, UnsupportedError
 from .geometry import ENTRY, MAX_SLICE_SIZE, ZERO_CLUSTER, Bounds, Geometry
 from .storage import Storage
-from .table import Table, empty
+from .table import Table, contiguous, empty
 
 # What a byte of the map says of its cluster
 METADATA = 1  # the header area, the L1 table or an L2 table
@@ -37,11 +45,37 @@ SHARED = 8  # used more than once
 
 _USE = METADATA | DATA
 
-MAX_CLUSTERS = 1 << 30  # of the file: the map takes a byte for each
-_VECTOR_ENTRIES = 1 << 18  # L2 entries from which on loading numpy pays
+MAX_CLUSTERS = 1 << 30  # in the map, which takes a byte for each
+_BLOCK = 512  # entries: slices are multiples of it
+_VECTOR_ENTRIES = 1 << 22  # L2 entries from which on loading numpy pays,
+_SCATTERED_ENTRIES = 1 << 18  # and where few clusters follow the one before
 _BLANK = bytes(MAX_SLICE_SIZE)
 _MAP_STEP = 1 << 20  # clusters of the map looked at at once
 _FAR = 1 << 63  # past the end of every file
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A table entry that cannot be right."""
+
+    table: str  # "L1" or "L2"
+    table_offset: int  # bytes: where that table starts in the file
+    index: int  # of the entry
+    value: int  # of the entry
+    pos: int  # bytes: the first guest position that it maps
+    shared: bool  # points to clusters that are referenced already
+    past_end: bool  # points past the end of the file: what a crash leaves behind
+
+    def __str__(self) -> str:
+        where = f"{self.table} entry {self.index} at {self.table_offset + self.index * ENTRY:#x}"
+        what = (
+            "clusters that are referenced already"
+            if self.shared
+            else "past the end of the file"
+            if self.past_end
+            else "not a valid offset"
+        )
+        return f"{where} (guest position {self.pos:#x}) points to {self.value:#x}: {what}"
 
 
 @dataclass
@@ -55,6 +89,7 @@ class ScanResult:
     allocated: int = 0  # data clusters
     fragmented: int = 0  # data clusters that do not follow the one before
     tables: int = 0  # L2 tables
+    unmapped: int = 0  # references to clusters after the map's limit
     file_clusters: int = 0  # whole clusters of the file
     end: int = 0  # bytes: the first byte after the last cluster in use
     mapped_end: int = 0  # bytes: guest position after the last cluster that is mapped
@@ -65,17 +100,30 @@ class ScanResult:
 
 
 class ClusterUse:
-    """One byte for each whole cluster of the file: METADATA, DATA, READ and SHARED, or 0."""
+    """One byte for each whole cluster of the file, up to `limit`: METADATA, DATA, READ and SHARED, or 0.
 
-    def __init__(self, clusters: int) -> None:
-        if clusters > MAX_CLUSTERS:
-            raise UnsupportedError(f"the file has {clusters} clusters: more than {MAX_CLUSTERS} cannot be checked")
-        # Anonymous memory: pages that are not written cost nothing.
-        self.map = mmap.mmap(-1, max(clusters, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    Clusters from `limit` on have no byte: they are counted when they are claimed, and seem to be unused.
+    """
+
+    def __init__(self, clusters: int, limit: int = MAX_CLUSTERS) -> None:
         self.clusters = clusters
+        self.mapped = min(clusters, limit)
+        self.unmapped = 0  # claims of clusters without a byte
+        try:
+            # Anonymous memory: pages that are not written cost nothing.
+            self.map = mmap.mmap(-1, max(self.mapped, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise UnsupportedError(f"no memory for a map of {self.mapped} clusters: {error.strerror}") from None
+
+    def marks(self, cluster: int, n: int = 1) -> bytes:
+        """The bytes of n clusters, as far as they have one."""
+        return self.map[cluster : min(cluster + n, self.mapped)]
 
     def claim(self, cluster: int, use: int) -> bool:
         """Note a use; False, and SHARED, if there is one already."""
+        if cluster >= self.mapped:
+            self.unmapped += 1
+            return True
         before = self.map[cluster]
         if before & _USE:
             self.map[cluster] = before | use | SHARED
@@ -84,18 +132,25 @@ class ClusterUse:
         return True
 
     def claim_free(self, cluster: int, use: int) -> bool:
-        """Note a use if there is none yet; False if there is."""
-        return not self.map[cluster] & _USE and self.claim(cluster, use)
+        """Note a use if there is none yet; False if there is, or nobody knows."""
+        return cluster < self.mapped and not self.map[cluster] & _USE and self.claim(cluster, use)
+
+    def claim_run(self, cluster: int, n: int, use: int) -> bool:
+        """Claim n clusters if all of them have nothing but 0."""
+        if cluster + n > self.mapped or self.map[cluster : cluster + n].count(0) != n:
+            return False
+        self.map[cluster : cluster + n] = bytes((use,)) * n
+        return True
 
     def next_free(self, cluster: int) -> int:
         """The first unused cluster from `cluster` on; `clusters` if there is none."""
-        found = self.map.find(b"\0", cluster, self.clusters)
-        return self.clusters if found < 0 else found
+        found = self.map.find(b"\0", cluster, self.mapped)
+        return found if found >= 0 else min(max(cluster, self.mapped), self.clusters)
 
     def next_used(self, cluster: int) -> int:
         """The first cluster in use from `cluster` on; `clusters` if there is none."""
-        for start in range(cluster, self.clusters, _MAP_STEP):
-            part = self.map[start : min(start + _MAP_STEP, self.clusters)]
+        for start in range(cluster, self.mapped, _MAP_STEP):
+            part = self.marks(start, _MAP_STEP)
             rest = part.lstrip(b"\0")
             if rest:
                 return start + len(part) - len(rest)
@@ -103,13 +158,11 @@ class ClusterUse:
 
     def count(self) -> int:
         """Clusters in use."""
-        return self.clusters - sum(
-            self.map[at : at + _MAP_STEP].count(0) for at in range(0, self.clusters, _MAP_STEP)
-        )
+        return self.mapped - sum(self.marks(at, _MAP_STEP).count(0) for at in range(0, self.mapped, _MAP_STEP))
 
     def last(self) -> int:
         """The number after the last cluster in use."""
-        end = self.clusters
+        end = self.mapped
         while end:
             start = max(0, end - _MAP_STEP)
             used = len(self.map[start:end].rstrip(b"\0"))
@@ -159,6 +212,68 @@ def _length(table: Table) -> int:
     return len(table) if table[-1] else -(-len(table.tobytes().rstrip(b"\0")) // ENTRY)
 
 
+class Blocks:
+    """Claims a block of _BLOCK sound entries at once, or leaves it alone.  Plain Python, but few steps per block.
+
+    A block is compared and masked as one large integer, of which each entry is a lane of 64 bits:
+
+        a run of clusters from `first` on  =  first * ones + steps,  with ones = |1|1|1|..., steps = |0|1|2|... * size
+    """
+
+    def __init__(self, geometry: Geometry, bounds: Bounds, use: ClusterUse) -> None:
+        self._geometry = geometry
+        self._bounds = bounds
+        self._use = use
+        self._blank = empty(_BLOCK)
+        self._ones = _as_integer(array("Q", (1,)) * _BLOCK)
+        self._steps = _as_integer(contiguous(0, _BLOCK, geometry.cluster_size))
+        self._masks = self._ones * geometry.cluster_mask
+        self._length = (_BLOCK - 1) * geometry.cluster_size  # bytes: from the first to the last cluster of a run
+
+    def claim(self, block: Table, expected: int) -> tuple[int, int, int] | None:
+        """(data clusters, how many are fragmented, next offset expected), or None: look at the entries one by one."""
+        geo, first = self._geometry, block[0]
+        if block == self._blank:
+            return 0, 0, expected
+        if self.may_be_run(first, block[-1]):
+            valid = self._bounds.valid_cluster(first) and self._bounds.valid_cluster(block[-1])
+            if valid and _as_integer(block) == first * self._ones + self._steps:
+                if not self._use.claim_run(first >> geo.l2_shift, _BLOCK, DATA):
+                    return None
+                return _BLOCK, int(expected not in (0, first)), block[-1] + geo.cluster_size
+        return self._claim_all(block, expected)
+
+    def may_be_run(self, first: int, last: int) -> bool:
+        """By the first and the last entry of a block."""
+        return last == first + self._length
+
+    def _claim_all(self, block: Table, expected: int) -> tuple[int, int, int] | None:
+        """Claim clusters in any order."""
+        geo, bounds, marks = self._geometry, self._bounds, self._use.map
+        low = _as_integer(block) & self._masks
+        if low and (low & ~self._ones or bin(low).count("1") != block.count(ZERO_CLUSTER)):
+            return None  # an entry that is not aligned
+        numbers = [entry >> geo.l2_shift for entry in block if entry > ZERO_CLUSTER]
+        if not numbers:
+            return 0, 0, expected
+        if min(numbers) < bounds.start >> geo.l2_shift or max(numbers) >= self._use.mapped:
+            return None
+        rest = iter(numbers)
+        for number in rest:
+            if marks[number]:
+                for claimed in numbers[: -1 - len(list(rest))]:
+                    marks[claimed] = 0
+                return None
+            marks[number] = DATA
+        first = numbers[0] << geo.l2_shift
+        jumps = len(numbers) - 1 - list(map(sub, numbers[1:], numbers)).count(1)
+        return len(numbers), jumps + (expected not in (0, first)), (numbers[-1] + 1) << geo.l2_shift
+
+
+def _as_integer(block: Table) -> int:
+    return int.from_bytes(block.tobytes(), sys.byteorder)
+
+
 class Vectors:
     """The numpy side of a scan: it claims a slice of sound entries at once, or leaves it alone.
 
@@ -172,6 +287,7 @@ class Vectors:
         self._np: Any = numpy
         self._geometry = geometry
         self._bounds = bounds
+        self._end = min(bounds.end, use.mapped << geometry.l2_shift)  # bytes
         self._map = numpy.frombuffer(use.map, dtype=numpy.uint8)
         self._scratch = numpy.empty(geometry.slice_entries, numpy.uint64)
         self._strict = strict
@@ -180,6 +296,13 @@ class Vectors:
         """(data clusters, how many are fragmented, next offset expected), or None: look at the entries one by one."""
         np, geo, bounds = self._np, self._geometry, self._bounds
         entries = np.frombuffer(table, dtype=np.uint64)
+        n, first, last = len(table), table[0], table[-1]
+        if last == first + (n - 1) * geo.cluster_size and bounds.valid_cluster(first) and last < self._end:
+            steps = np.subtract(entries[1:], entries[:-1], out=self._scratch[: n - 1])
+            part = self._map[first >> geo.l2_shift : (last >> geo.l2_shift) + 1]
+            if (steps == geo.cluster_size).all() and not (self._strict and part.any()):
+                part |= DATA
+                return n, int(expected not in (0, first)), last + geo.cluster_size
         lowest = int(entries.min())
         if lowest <= ZERO_CLUSTER:
             entries = entries[entries > ZERO_CLUSTER]
@@ -190,23 +313,15 @@ class Vectors:
         first, last = int(entries[0]), int(entries[-1])
         steps = np.subtract(entries[1:], entries[:-1], out=self._scratch[: n - 1])
         jumps = int(np.count_nonzero(steps != geo.cluster_size))
-        if not jumps:
-            if not (bounds.valid_cluster(first) and bounds.valid_cluster(last)):
-                return None
-            part = self._map[first >> geo.l2_shift : (last >> geo.l2_shift) + 1]
-            if self._strict and part.any():
-                return None
-            part |= DATA
-        else:
-            if int(np.bitwise_or.reduce(entries)) & geo.cluster_mask:
-                return None
-            if lowest < bounds.start or int(entries.max()) >= bounds.end:
-                return None
-            numbers = np.right_shift(entries, np.uint64(geo.l2_shift), out=self._scratch[:n]).view(np.int64)
-            if self._strict and (self._map[numbers].any() or len(np.unique(numbers)) != n):
-                return None
-            # Wrong where a table is, but then the sum is wrong, too, and the strict scan follows.
-            self._map[numbers] = DATA
+        if int(np.bitwise_or.reduce(entries)) & geo.cluster_mask:
+            return None
+        if lowest < bounds.start or int(entries.max()) >= self._end:
+            return None
+        numbers = np.right_shift(entries, np.uint64(geo.l2_shift), out=self._scratch[:n]).view(np.int64)
+        if self._strict and (self._map[numbers].any() or len(np.unique(numbers)) != n):
+            return None
+        # Wrong where a table is, but then the sum is wrong, too, and the strict scan follows.
+        self._map[numbers] = DATA
         fragmented = jumps + (expected not in (0, first))
         return n, fragmented, last + geo.cluster_size
 
@@ -257,7 +372,7 @@ class QuickLook:
 class Scan:
     """A scan of the tables of one image.  Nobody changes them meanwhile.
 
-    run() raises StorageError if the L1 table cannot be read, and UnsupportedError for files with too many clusters.
+    run() raises StorageError if the L1 table cannot be read (for L2 tables see ScanResult.error), UnsupportedError.
     """
 
     def __init__(
@@ -269,7 +384,9 @@ class Scan:
         *,
         report: Callable[[Damage], None] = lambda damage: None,
         progress: Callable[[int, int], None] = lambda done, total: None,
-        vectors: bool | None = None,  # None: if numpy is there and the image is large
+        vectors: bool | None = None,  # numpy; None: if it is there and the image is large
+        map_limit: int | None = None,  # clusters; None: MAX_CLUSTERS, and UnsupportedError for images that need more
+        go_on: bool = True,  # after an L2 table that cannot be read
     ) -> None:
         self.storage = storage
         self.geometry = geometry
@@ -278,10 +395,17 @@ class Scan:
         self._report = report
         self._progress = progress
         self._want_vectors = vectors
+        self._map_limit = map_limit
+        self._go_on = go_on
         self._vectors: Vectors | None = None
         self._buffer = empty(geometry.slice_entries)  # for L2 tables
         self._expected = 0  # bytes: where the next data cluster would not be fragmented; 0 at a table's start
-        self.use = ClusterUse(bounds.end >> geometry.l2_shift)
+        self._start()
+
+    def _start(self) -> None:
+        limit = MAX_CLUSTERS if self._map_limit is None else self._map_limit
+        self.use = ClusterUse(self.bounds.end >> self.geometry.l2_shift, limit)
+        self._blocks = Blocks(self.geometry, self.bounds, self.use)
         self.result = ScanResult()
 
     def run(self, limit: int = 1 << 63) -> ScanResult:
@@ -289,13 +413,30 @@ class Scan:
         self._read_l1()
         wanted = self._want_vectors
         if wanted is None:
-            wanted = self.result.tables * self.geometry.table_entries >= _VECTOR_ENTRIES
-        if not (wanted and self.result.corruptions == 0 and self._is_sound()):
+            total = self.result.tables * self.geometry.table_entries
+            wanted = total >= (_SCATTERED_ENTRIES if self._is_scattered() else _VECTOR_ENTRIES)
+        if not (wanted and not self.result.corruptions and not self.use.unmapped and self._is_sound()):
             self._vectors = self._load_vectors(strict=True) if wanted else None
             self._read_l2_tables(limit)
+        self.result.unmapped = self.use.unmapped
+        if self.use.unmapped and self._map_limit is None:
+            raise UnsupportedError(f"the image uses clusters after the first {MAX_CLUSTERS}: too many to be checked")
         self._count_leaks()
         self._vectors = None  # it holds on to the map
         return self.result
+
+    def _is_scattered(self) -> bool:
+        """By the first slice of L2 tables: most of its blocks are no runs."""
+        if self.result.corruptions:
+            return False
+        blocks = runs = 0
+        for _, offset in islice(self.l1_entries(), 1):
+            with suppress(StorageError):  # the scan will meet it, too
+                for _, table in islice(table_slices(self.storage, self.geometry, offset, self._buffer), 1):
+                    for at in range(0, len(table), _BLOCK):
+                        blocks += table[at] > ZERO_CLUSTER
+                        runs += self._blocks.may_be_run(table[at], table[at + _BLOCK - 1])
+        return 2 * runs < blocks
 
     def _is_sound(self) -> bool:
         """A quick look at all L2 tables, by two threads.  False: there is damage, or no numpy; all is as before."""
@@ -321,8 +462,7 @@ class Scan:
             return True
         del first, second, looks  # they hold on to the map
         report, self._report = self._report, lambda damage: None
-        self.use = ClusterUse(self.use.clusters)
-        self.result = ScanResult()
+        self._start()
         self._read_l1()
         self._report = report
         return False
@@ -338,8 +478,9 @@ class Scan:
     def _read_l1(self) -> None:
         geo, bounds = self.geometry, self.bounds
         # The header is in cluster 0 even if header_size is 0.
-        for cluster in range(min(max(bounds.start >> geo.l2_shift, 1), self.use.clusters)):
-            self.use.claim(cluster, METADATA)
+        header = min(max(bounds.start >> geo.l2_shift, 1), self.use.mapped)
+        for cluster in range(0, header, _MAP_STEP):
+            self.use.claim_run(cluster, min(_MAP_STEP, header - cluster), METADATA)
         self._claim_table(self._l1_offset)
         for index, offset in self.l1_entries():
             if not bounds.valid_table(offset):
@@ -379,7 +520,9 @@ class Scan:
             # The same order as in _read_l1, so the same tables come second.
             first = offset >> geo.l2_shift
             clusters = range(first, first + geo.table_size)
-            known = [bool(self.use.map[cluster] & READ) for cluster in clusters]
+            if clusters[-1] >= self.use.mapped:
+                continue  # its claim was counted
+            known = [bool(mark & READ) for mark in self.use.marks(first, geo.table_size)]
             for cluster in clusters:
                 self.use.map[cluster] |= READ
             try:
@@ -388,6 +531,8 @@ class Scan:
             except StorageError as error:
                 result.check_errors += 1
                 result.error = error
+                if not self._go_on:
+                    return
             done += 1
             self._progress(done, result.tables)
 
@@ -414,30 +559,42 @@ class Scan:
                 self._read_slice(offset, base, table, at, quiet)
 
     def _read_slice(self, offset: int, base: int, table: Table, pos: int, quiet: bool) -> None:
-        """One entry after the other; `pos` is the first guest position of the slice."""
+        """One block after the other; `pos` is the first guest position of the slice."""
+        result, shift = self.result, self.geometry.l2_shift
+        for at in range(0, len(table), _BLOCK):
+            block = table[at : at + _BLOCK]
+            start = pos + (at << shift)
+            claimed = None if quiet else self._blocks.claim(block, self._expected)
+            if claimed is None:
+                self._read_block(offset, base + at, block, start, quiet)
+            else:
+                n, fragmented, self._expected = claimed
+                result.allocated += n
+                result.fragmented += fragmented
+            length = _length(block)
+            if length:
+                result.mapped_end = max(result.mapped_end, start + (length << shift))
+
+    def _read_block(self, offset: int, base: int, block: Table, pos: int, quiet: bool) -> None:
+        """One entry after the other; `pos` is the first guest position of the block."""
         geo, result, bounds, use = self.geometry, self.result, self.bounds, self.use
-        cs, shift, mapped = geo.cluster_size, geo.l2_shift, -1
-        for i, entry in enumerate(table):
+        for i, entry in enumerate(block):
             if entry <= ZERO_CLUSTER:
-                if entry:
-                    mapped = i
                 continue
-            mapped = i
             valid = bounds.valid_cluster(entry)
+            cluster = entry >> geo.l2_shift
             if quiet:
-                if valid:  # also on a table: it must be known that data is there
-                    use.map[entry >> shift] |= DATA
+                if valid and cluster < use.mapped:  # also on a table: it must be known that data is there
+                    use.map[cluster] |= DATA
                 continue
             result.allocated += 1
             if entry != self._expected:
                 result.fragmented += self._expected != 0
-            self._expected = entry + cs
+            self._expected = entry + geo.cluster_size
             if not valid:
-                self._damaged("L2", offset, base + i, entry, pos + (i << shift))
-            elif not use.claim(entry >> shift, DATA):
-                self._damaged("L2", offset, base + i, entry, pos + (i << shift), shared=True)
-        if mapped >= 0:
-            result.mapped_end = max(result.mapped_end, pos + ((mapped + 1) << shift))
+                self._damaged("L2", offset, base + i, entry, pos + (i << geo.l2_shift))
+            elif not use.claim(cluster, DATA):
+                self._damaged("L2", offset, base + i, entry, pos + (i << geo.l2_shift), shared=True)
 
     def _damaged(self, table: str, at: int, index: int, value: int, pos: int, shared: bool = False) -> None:
         self.result.corruptions += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from .errors import RequestError
 
@@ -15,6 +14,8 @@ def parse_size(text: str, name: str = "size") -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([bkmgtpe]?)", text.lower(), re.ASCII)
     if match is None:
         raise RequestError(f"{name}={text} is not a size: use a number with an optional suffix k, M, G, T, P or E")
+    from fractions import Fraction  # here, because few commands need it
+
     value = Fraction(match[1]) * 1024 ** _SUFFIXES[match[2]]
     if value >= 2**64:
         raise RequestError(f"{name}={text} is too large: sizes are less than 2^64 bytes")

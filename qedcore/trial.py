@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from .check import Damage
 from .errors import ImageFormatError, QEDError
 from .geometry import (
     ENTRY,
@@ -30,7 +29,7 @@ from .geometry import (
     round_up,
 )
 from .header import HEADER_BYTES, KNOWN_FEATURES, MAGIC, MAX_BACKING_NAME, Header
-from .scan import Scan, ScanResult, next_data, table_slices
+from .scan import Damage, Scan, ScanResult, next_data, table_slices
 from .storage import Storage
 from .table import TableIO
 
@@ -53,8 +52,8 @@ class Fit(NamedTuple):
 
     @property
     def sensible(self) -> bool:
-        """Something is right."""
-        return self.found.allocated > self.found.corruptions
+        """Most is right."""
+        return self.found.allocated > 2 * self.found.corruptions
 
     def changes(self, before: Header) -> list[str]:
         """What is different, for people."""

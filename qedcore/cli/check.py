@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from typing import Any, Callable
@@ -42,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "fqpUT")
     parser.add_argument("-r", dest="repair", metavar="leaks|all", help="give leaks back, or repair everything")
     parser.add_argument("--dry-run", action="store_true", help="with -r: only say what would be done")
+    parser.add_argument("--force", action="store_true", help="with -r all: give up tables whose place is not known")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every damaged entry")
     add_output(parser)
     parser.add_argument("files", nargs="*", metavar="FILE")
@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     name = only_image(args.files)
     if args.dry_run and args.repair is None:
         raise RequestError("--dry-run needs -r leaks or -r all")
+    if args.force and args.repair != "all":
+        raise RequestError("--force needs -r all")
     check_cache(args.source_cache, "source cache")
     where = locate(name, args.format, args.image_opts)
     if args.force_share and args.repair is not None:
@@ -92,7 +94,7 @@ def _repair(args: argparse.Namespace, where: Location, storage: Storage) -> int:
     target: Storage = Rehearsal(storage) if args.dry_run else storage
     say = notes.append if args.dry_run else _silent if args.quiet else notice
     with Progress(args, _STEPS) as progress:
-        repair = Repair(target, say=say, progress=_fraction(progress), rehearse=args.dry_run)
+        repair = Repair(target, say=say, progress=_fraction(progress), rehearse=args.dry_run, force=args.force)
         outcome = repair.run(everything=args.repair == "all")
     if not args.dry_run:
         fixed = outcome.corruptions_fixed, outcome.leaks_fixed
@@ -133,6 +135,8 @@ def _finish(
         return EXIT_NOT_COMPLETED
     if not args.quiet:
         if args.output == "json":
+            import json  # here, because mere text should not wait for it
+
             found = facts(where.name, header, last, corruptions_fixed, leaks_fixed)
             print(json.dumps(found if notes is None else {**found, "repairs": notes}, indent=4))
         else:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 from typing import Any, NamedTuple
 
@@ -115,6 +112,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
 
 def _json(text: str) -> Any:
     """JSON as QEMU takes it: strings may be in single quotes."""
+
+    import json  # here and below: most commands should not wait for them
 
     def double_quoted(match: re.Match[str]) -> str:
         if match[0][0] == '"':
@@ -292,6 +291,8 @@ def only_image(files: list[str]) -> str:
 
 def find_qemu_img() -> str | None:
     """The path of a qemu-img that is not this program; None without one."""
+    import shutil
+
     ourselves = os.path.realpath(sys.argv[0])
     for directory in [os.environ.get(QEMU_IMG_VARIABLE), *os.get_exec_path()]:
         path = directory and (shutil.which("qemu-img", path=directory) or shutil.which(directory))
@@ -313,6 +314,8 @@ def delegate(args: argparse.Namespace, what: str) -> int:
 
 def run_signed(command: list[str]) -> int:
     """Run qemu-img (or nbdkit with it), signing its messages with our name; its exit code."""
+    import subprocess
+
     sys.stdout.flush()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as child:
         assert child.stderr is not None

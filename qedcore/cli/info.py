@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 from typing import Any
 
 from ..chain import resolve
-from ..check import Walk
 from ..errors import RequestError, StorageError, UnsupportedError
 from ..geometry import SECTOR, round_up
 from ..header import FEATURE_NAMES, FEATURE_NO_PROBE, read_header
 from ..image import QEDImage
+from ..scan import Scan
 from ..sizes import format_size
 from ..storage.file import FileStorage
-from ..table import TableIO
 from .common import (
     Location,
     add_output,
@@ -89,12 +86,14 @@ def describe_raw(where: Location) -> Facts:
 def details(image: QEDImage) -> Facts:
     """What --verbose adds.  Reads all tables.  Raises StorageError."""
     header, geometry, bounds = read_header(image.storage)
-    found = Walk(TableIO(image.storage), geometry, bounds, header.l1_table_offset).run()
+    found = Scan(image.storage, geometry, bounds, header.l1_table_offset).run()
+    if found.error is not None:
+        raise found.error
     return {
         "table-size": header.table_size,
         "features": [name for bit, name in FEATURE_NAMES.items() if header.features & bit],
         "allocated-clusters": found.allocated,
-        "free-clusters": max(bounds.end // header.cluster_size - found.referenced, 0),
+        "free-clusters": found.leaks,
     }
 
 
@@ -150,11 +149,15 @@ class Chain:
         program = find_qemu_img()
         if program is None:
             raise UnsupportedError(f"Could not open '{where.name}': describing it ({format}) needs qemu-img")
+        import subprocess  # here, because others should not wait for it
+
         command = [program, "info", "--backing-chain", f"--output={self._args.output}", where.name]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             raise RequestError(done.stderr.strip().partition(": ")[2])
         if self._args.output == "json":
+            import json
+
             self.layers += json.loads(done.stdout)
         else:
             self.tail = done.stdout
@@ -190,6 +193,8 @@ def run(args: argparse.Namespace) -> int:
     chain = Chain(args)
     chain.follow(where)
     if args.output == "json":
+        import json
+
         print(json.dumps(chain.layers if args.backing_chain else chain.layers[0], indent=4))
         return 0
     for i, facts in enumerate(chain.layers):

@@ -18,12 +18,13 @@ from support.qed_image import ImageSpec, build
 
 from qedcore.alloc import Allocator, Extent, NeedCheckGate
 from qedcore.chain import open_image
-from qedcore.check import Walk, WalkResult
-from qedcore.cluster import NO_CLUSTER, NO_TABLE, Kind
+from qedcore.claims import Claim
+from qedcore.cluster import NO_CLUSTER, NO_TABLE
 from qedcore.errors import QEDError
 from qedcore.header import FEATURE_NEED_CHECK
 from qedcore.image import QEDImage
 from qedcore.request import WritableRequests
+from qedcore.scan import Damage, Scan, ScanResult
 from qedcore.table import Table, TableIO
 
 KiB = 1024
@@ -98,13 +99,15 @@ def check_state(setup: Setup, disk: Disk, model: GuestModel, rng: random.Random,
     image.close()
     if storage.disk.read(16, 1)[0] & FEATURE_NEED_CHECK:
         raise Violation(f"{name}: not clean after a clean close")
-    if walk(image).damage:  # leaks in the middle of the file are allowed: later entries may survive earlier ones
-        raise Violation(f"{name}: {[str(damage) for damage in walk(image).damage]}")
+    damage: list[Damage] = []
+    scan(image, damage.append)  # leaks in the middle of the file are allowed: later entries may survive earlier ones
+    if damage:
+        raise Violation(f"{name}: {[str(found) for found in damage]}")
     return storage
 
 
-def walk(image: QEDImage) -> WalkResult:
-    return Walk(image._tables, image.geometry, image._bounds, image.header.l1_table_offset).run()
+def scan(image: QEDImage, report: Callable[[Damage], None]) -> ScanResult:
+    return Scan(image.storage, image.geometry, image._bounds, image.header.l1_table_offset, report=report).run()
 
 
 def check_content(image: QEDImage, model: GuestModel, name: str) -> None:
@@ -165,8 +168,7 @@ def workload(setup: Setup, rng: random.Random, subsets: int, states: list[int], 
     storage.on_op = lambda: None
     image.close()
     model.flushed()
-    leaks = storage.disk.size // image.geometry.cluster_size - walk(image).referenced
-    assert leaks == image._allocator._free.n, "leaks without a crash"
+    assert scan(image, lambda damage: None).leaks == image._allocator.free_clusters, "leaks without a crash"
     for name, disk in crash_states(storage, rng, subsets):
         check_state(setup, disk, model, rng, f"after close, {name}")
     return storage
@@ -252,18 +254,18 @@ def l1_before_l2(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_flush_before_entry(patch: pytest.MonkeyPatch) -> None:
-    link = WritableRequests._link
+    write = WritableRequests._allocating_write
 
-    def forgetful(requests: WritableRequests, kind: Kind, *args: Any) -> None:
+    def forgetful(requests: WritableRequests, claim: Claim, view: memoryview, pos: int) -> int:
         storage = requests._storage
-        if kind is not NO_TABLE:
+        if claim.kind is not NO_TABLE:
             requests._storage = DeafStorage(storage)
         try:
-            link(requests, kind, *args)
+            return write(requests, claim, view, pos)
         finally:
             requests._storage = storage
 
-    patch.setattr(WritableRequests, "_link", forgetful)
+    patch.setattr(WritableRequests, "_allocating_write", forgetful)
 
 
 def prefill_zero_cluster_from_backing(patch: pytest.MonkeyPatch) -> None:

@@ -1,34 +1,40 @@
-"""The walk over all tables, and the repair after a crash, on images of the independent builder."""
+"""The scan of all tables, and the repair after a crash, on images of the independent builder."""
 
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import subprocess
+import sys
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CHANGES, FailAt, Tap, open_tapped
+from fakes import CHANGES, FailAt, open_tapped
 from support.patterns import GiB, KiB, MiB, assert_same
 from support.qed_image import F_NEED_CHECK, Built, QedFile, assert_sound
 
 import qedcore
-from qedcore.check import ClusterSet, Walk, WalkResult
-from qedcore.errors import QEDError, StorageError
+from qedcore.errors import QEDError
 from qedcore.header import read_header
+from qedcore.scan import DATA, METADATA, SHARED, ClusterUse, Damage, Scan, ScanResult
 from qedcore.storage.file import FileStorage
-from qedcore.table import TableIO
 
 Image = Callable[..., Built]
 
 
-def walk(path: Path) -> WalkResult:
+def scan(path: Path) -> tuple[ScanResult, list[Damage]]:
+    """What is found, and the damage in the order of guest positions."""
+    damage: list[Damage] = []
     storage = FileStorage(path, writable=False)
     try:
         header, geometry, bounds = read_header(storage)
-        return Walk(TableIO(storage), geometry, bounds, header.l1_table_offset).run()
+        target = Scan(storage, geometry, bounds, header.l1_table_offset, report=damage.append, vectors=False)
+        return target.run(), sorted(damage, key=lambda found: found.pos)
     finally:
         storage.close()
 
@@ -59,11 +65,11 @@ SOUND: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SOUND)
 def test_sound(image: Image, name: str) -> None:
     built = image(**SOUND[name])
-    found = walk(built.path)
+    found, damage = scan(built.path)
     oracle = assert_sound(built.path, leaks=None)
-    assert found.clean
+    assert not damage and not found.corruptions
     assert found.allocated == oracle.allocated == len(built.offsets)
-    assert found.referenced == oracle.file_clusters - len(oracle.leaks)
+    assert found.leaks == len(oracle.leaks)
     assert found.end == built.end - built.spec.leaks * built.spec.cluster_size
 
 
@@ -78,12 +84,12 @@ FRAGMENTED = (
 
 @pytest.mark.parametrize(("changes", "count"), FRAGMENTED)
 def test_fragmented(image: Image, changes: dict[str, Any], count: int) -> None:
-    assert walk(image(**changes).path).fragmented == count
+    assert scan(image(**changes).path)[0].fragmented == count
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A damaged entry that the walk must find: guest position, table and kind."""
+    """A damaged entry that the scan must find: guest position, table and kind."""
 
     table: str
     pos: int
@@ -135,12 +141,12 @@ DAMAGED: dict[str, tuple[dict[str, Any], list[Bad]]] = {
     ),
     "L1 on data": (
         {"size": 4 * GiB, "layout": "D", "l1_entries": {1: lambda b: b.offsets[0]}},
-        [Bad("L1", REACH, "shared")],
+        [Bad("L2", 0, "shared"), Bad("L1", REACH, "shared")],
     ),
     "L1 past the end of the device": ({"size": CS, "l1_entries": {9: 1 << 40}}, [Bad("L1", 9 * REACH, "crash")]),
     "data on a table that comes later": (
         {"size": 4 * GiB, "layout": {0: "data", 32768: "data"}, "entries": {1: lambda b: b.l2_offsets[1] + CS}},
-        [Bad("L1", REACH, "shared")],  # whoever is second
+        [Bad("L2", CS, "shared")],  # tables come first
     ),
     "in a later slice": (
         {
@@ -162,7 +168,7 @@ DAMAGED: dict[str, tuple[dict[str, Any], list[Bad]]] = {
             "l1_entries": {1: 4094 * 4096},
             "entries": {5: 4095 * 4096},
         },
-        [Bad("L1", 4 * MiB, "shared")],
+        [Bad("L2", 5 * 4096, "shared")],
     ),
     "several": (
         {"layout": "DD", "entries": {2: 7, 3: lambda b: b.end, 4: lambda b: b.offsets[1]}},
@@ -176,11 +182,11 @@ def test_damage(image: Image, name: str) -> None:
     spec, bad = DAMAGED[name]
     built = image(**spec)
     before = built.path.read_bytes() if built.end < 32 * MiB else b""
-    found = walk(built.path)
-    assert [Bad(damage.table, damage.pos, kind_of(damage)) for damage in found.damage] == bad
+    _, found = scan(built.path)
+    assert [Bad(damage.table, damage.pos, kind_of(damage)) for damage in found] == bad
     with QedFile(built.path) as oracle:
         assert bool(oracle.verify().errors) is bool(bad)
-        for damage in found.damage:  # place and value are those in the file
+        for damage in found:  # place and value are those in the file
             index, slot = divmod(damage.pos // built.spec.cluster_size, built.spec.geometry.entries)
             at = damage.table_offset
             want = (built.l1_offset, index) if damage.table == "L1" else (oracle.l1[index], slot)
@@ -191,31 +197,6 @@ def test_damage(image: Image, name: str) -> None:
             assert f"{damage.table} entry {damage.index} at {at + damage.index * 8:#x}" in text
             assert f"{value:#x}" in text and f"{damage.pos:#x}" in text and "\n" not in text
     assert not before or built.path.read_bytes() == before
-
-
-def test_unreadable_table(image: Image) -> None:
-    built = image(layout="D")
-    for n in range(2, 5):  # after the header: L1, L2
-        storage = Tap(FileStorage(built.path, False), FailAt(n, ["pread"], errno.ENXIO))
-        try:
-            header, geometry, bounds = read_header(storage)
-            target = Walk(TableIO(storage), geometry, bounds, header.l1_table_offset)
-            if n == 4:
-                target.run()
-            else:
-                with pytest.raises(StorageError) as caught:
-                    target.run()
-                assert caught.value.errno == errno.ENXIO
-        finally:
-            storage.close()
-
-
-def test_cluster_set() -> None:
-    used = ClusterSet()
-    numbers = [0, 1, 7, 8, 32767, 32768, 32769, 65535, 1 << 20, (1 << 51) - 1]
-    assert all(used.add(n) for n in numbers)
-    assert not any(used.add(n) for n in numbers)
-    assert all(used.add(n) for n in (2, 9, 32766, 1 << 40))
 
 
 # Repair: what a writable open of an image with NEED_CHECK does
@@ -252,7 +233,7 @@ def test_repair(image: Image, name: str) -> None:
     built = image(**dirty(spec))
     length = built.path.stat().st_size
     l1, l2 = entries(built.path)
-    end = walk(built.path).end
+    end = scan(built.path)[0].end
     notices = repair(built.path)
     for damage in bad:
         if damage.kind != "shared":
@@ -321,7 +302,7 @@ def test_order_of_repair(image: Image, entries: dict[int, Any], cut: bool, clear
     """The repair is durable before the flag that asks for it goes, and that before anything else is done."""
     built = image(**dirty({"layout": "DD", "leaks": 2, "entries": entries}))
     img, tap = open_tapped(built.path)
-    fixed = 0 if not cleared else len(entries)
+    fixed = int(bool(entries) and cleared)  # those of one table with one write
     want = ["pwrite"] * fixed + ["truncate"] * cut + ["flush"] + ["pwrite", "flush"] * cleared
     assert [call.name for call in tap.log] == want
     assert [call.offset for call in tap.log if call.name == "pwrite"][fixed:] == [0] * cleared
@@ -417,3 +398,133 @@ def test_read_error_keeps_need_check(image: Image) -> None:
             assert built.path.read_bytes() == before
     assert failed >= 4
     assert_sound(built.path)
+
+
+# Whatever the image, memory and the log have a limit.
+
+
+def test_many_damaged_entries(image: Image) -> None:
+    """Half a million entries of one table: no object is kept for each, one write per slice, a short log."""
+    built = image(cluster_size=MiB, table_size=4, layout="D", features=F_NEED_CHECK)
+    n = built.spec.geometry.entries
+    with built.path.open("r+b") as file:
+        file.seek(built.l2_offsets[0] + 8)
+        file.write(b"\xff" * 8 * (n - 1))
+    notices: list[str] = []
+    tracemalloc.start()
+    try:
+        img, tap = open_tapped(built.path, log=notices.append)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    img.close()
+    assert peak < 32 * MiB  # a slice's copies, and a number for each of its entries
+    assert [call.name for call in tap.log] == ["pwrite"] * 4 + ["flush", "pwrite", "flush", "flush"]
+    assert len(notices) == 22 and f"and {n - 21} more damaged entries" in notices[-1]
+    assert f"findings: {n - 1}" in notices[0]
+    assert entries(built.path) == ({0: built.l2_offsets[0]}, {0: built.offsets[0]})
+    assert_sound(built.path)
+
+
+def lengthen(built: Built, size: int) -> None:
+    """Give the file a hole at its end."""
+    try:
+        os.truncate(built.path, size)
+    except OSError as error:
+        pytest.skip(f"no files of {size} bytes here: {error}")
+
+
+HUGE = 8 << 40  # bytes: at 4 KiB, 16 times as many clusters as the map has
+EVERYWHERE: dict[str, Any] = {
+    "cluster_size": 4 * KiB,
+    "table_size": 16,
+    "size": 64 * MiB,
+    "entries": {n: n * (HUGE >> 14) + MiB for n in range(8192)},
+}
+
+
+def test_huge_file_of_a_small_image(image: Image) -> None:
+    built = image(cluster_size=4 * KiB, layout="DZD", features=F_NEED_CHECK)
+    end = built.path.stat().st_size
+    lengthen(built, HUGE)
+    assert any("truncated" in line for line in repair(built.path))
+    assert built.path.stat().st_size == end
+    assert_sound(built.path)
+
+
+def test_clusters_that_cannot_be_compared(image: Image) -> None:
+    """Nothing is believed and nothing changed, but the image is served, and grows behind the end of the file."""
+    built = image(**dirty({**EVERYWHERE, "layout": "DDD", "entries": {1: HUGE - MiB, 2: 5}}))
+    lengthen(built, HUGE)
+    before = entries(built.path)
+    notices: list[str] = []
+    with qedcore.open_image(built.path, log=notices.append) as img:
+        assert_same(img.pread(4 * KiB, 0), built.read(0, 4 * KiB))
+        assert img.pread(4 * KiB, 4 * KiB) == bytes(4 * KiB)
+        img.pwrite(b"n" * 4 * KiB, 3 * 4 * KiB)
+    text = "\n".join(notices)
+    assert "cannot repair: L2 entry 2" in text and "nothing was changed: 1 references" in text
+    after = entries(built.path)
+    assert after[0] == before[0] and after[1] == {**before[1], 3: HUGE}
+    with QedFile(built.path) as file:
+        assert file.need_check
+
+
+def test_table_that_cannot_be_compared(image: Image) -> None:
+    built = image(**dirty({"cluster_size": 4 * KiB, "layout": "D", "l1_entries": {1: HUGE - MiB}}))
+    lengthen(built, HUGE)
+    assert any("nothing was changed" in line for line in repair(built.path))
+    assert built.path.stat().st_size == HUGE
+    with QedFile(built.path) as file:
+        assert file.need_check
+
+
+def test_memory_has_a_limit(image: Image) -> None:
+    """Clusters all over a huge file, so that each touches a page of its own."""
+    built = image(**dirty(EVERYWHERE))
+    lengthen(built, HUGE)
+    code = f"""if True:
+        import qedcore, resource
+        limit = 512 << 20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        qedcore.open_image({str(built.path)!r}).close()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+    root = str(Path(qedcore.__file__).parents[1])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 192 * KiB  # KiB of resident memory
+
+
+def test_data_behind_a_stray_table_is_not_written_to(image: Image) -> None:
+    """An L1 entry that leads to data, and comes first: what is there are no entries to be cleared."""
+    cs = 4 * KiB
+    built = image(
+        **dirty({"cluster_size": cs, "table_size": 1, "size": 8 * MiB, "layout": {512: "data", 513: "data"}}),
+        l1_entries={0: lambda b: b.offsets[512]},
+    )
+    with built.path.open("r+b") as file:
+        file.seek(built.offsets[512])
+        file.write(b"Q" * cs)
+    notices = repair(built.path)
+    with built.path.open("rb") as file:
+        file.seek(built.offsets[512])
+        assert file.read(cs) == b"Q" * cs
+    with QedFile(built.path) as oracle:
+        assert oracle.need_check
+    assert not any("cleared" in line for line in notices) and any("cannot repair" in line for line in notices)
+
+
+def test_cluster_use() -> None:
+    use = ClusterUse(1 << 51, 1000)
+    assert (
+        use.claim(3, DATA) and use.claim(999, METADATA) and use.claim(1000, DATA) and use.claim((1 << 51) - 1, DATA)
+    )
+    assert use.unmapped == 2
+    assert not use.claim(3, METADATA) and not use.claim_free(999, DATA) and not use.claim_free(1000, DATA)
+    assert use.marks(3) == bytes([DATA | METADATA | SHARED]) and use.marks(999, 2) == bytes([METADATA])
+    assert use.claim_run(10, 5, DATA) and not use.claim_run(14, 2, DATA) and not use.claim_run(999, 2, DATA)
+    assert use.marks(9, 7) == bytes([0, DATA, DATA, DATA, DATA, DATA, 0])
+    assert [use.next_free(n) for n in (3, 10, 999, 5000)] == [4, 15, 1000, 5000]
+    assert [use.next_used(n) for n in (0, 4, 1000)] == [3, 10, 1 << 51]
+    assert (use.count(), use.last()) == (7, 1000)

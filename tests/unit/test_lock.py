@@ -18,7 +18,9 @@ from unit.fakes import open_fds
 import qedcore
 from qedcore.create import create, replacing
 from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
-from qedcore.shared import Opener, SharedImage
+from qedcore.exports import OneImage
+from qedcore.parameters import Parameters
+from qedcore.shared import Opener
 from qedcore.storage import lock
 from qedcore.storage.file import CacheMode, FileStorage, open_storage
 from qedcore.storage.lock import LockedError, Locking, Use, locking
@@ -326,31 +328,34 @@ def test_opener_of_a_replaced_file(path: Path, tmp_path: Path, use: Callable[...
     reader.close()
 
 
-def shared_image(path: Path, **values: str) -> SharedImage:
-    shared = SharedImage(lambda line: None, lambda line: None)
+def one_image(path: Path, **values: str) -> OneImage:
+    """What a server has for file=."""
+    parameters = Parameters(lambda line: None, lambda line: None)
     for name, value in {"file": str(path), **values}.items():
-        shared.configure(name, value)
-    shared.check()
-    return shared
+        parameters.take(name, value)
+    parameters.complete()
+    exports = OneImage(parameters, str(path))
+    exports.prepare()
+    return exports
 
 
 def test_promotion(image: Image) -> None:
     path = image(layout="D").path
-    shared = shared_image(path)
+    server = one_image(path)
     try:
         assert locked_bytes(path) == LOCKED[Use.READ]
         with qedcore.open_image(path, writable=False):
             with pytest.raises(LockedError, match=WRITE_REFUSED):
-                shared.open(readonly=False)
-            shared.open(readonly=True)
-            assert not shared.image.writable
-            assert shared.image.pread(512, 0)
+                server.open("", readonly=False)
+            server.open("", readonly=True)
+            assert not server._shared.image.writable
+            assert server._shared.image.pread(512, 0)
         assert locked_bytes(path) == LOCKED[Use.READ]
-        shared.open(readonly=False)  # the other reader has left
-        assert shared.image.writable
+        server.open("", readonly=False)  # the other reader has left
+        assert server._shared.image.writable
         assert locked_bytes(path) == LOCKED[Use.WRITE]
     finally:
-        shared.close()
+        server.close_all()
     assert locked_bytes(path) == set()
 
 
@@ -358,38 +363,38 @@ def test_promotion_that_fails_for_another_reason(image: Image) -> None:
     """Others may go on reading."""
     base = image("base.qed").path
     top = image("top.qed", backing="base.qed").path
-    shared = shared_image(top)
+    server = one_image(top)
     base.rename(base.with_name("away"))
     with pytest.raises(QEDError, match="No such file"):
-        shared.open(readonly=False)
+        server.open("", readonly=False)
     assert locked_bytes(top) == LOCKED[Use.READ]
-    shared.close()
+    server.close_all()
 
 
 def test_two_images_of_one_process(image: Image) -> None:
     """As an overlay and its base: the base cannot be written while the overlay uses it."""
     base = image("base.qed").path
-    top, below = shared_image(image("top.qed", backing="base.qed").path), shared_image(base)
+    top, below = one_image(image("top.qed", backing="base.qed").path), one_image(base)
     try:
-        top.open(readonly=False)
+        top.open("", readonly=False)
         with pytest.raises(LockedError, match=WRITE_REFUSED):
-            below.open(readonly=False)
-        below.open(readonly=True)
+            below.open("", readonly=False)
+        below.open("", readonly=True)
     finally:
-        top.close()
-        below.close()
+        top.close_all()
+        below.close_all()
 
 
 def test_parameter(image: Image) -> None:
     path = image().path
     with qedcore.open_image(path):
         with pytest.raises(LockedError, match=READ_REFUSED):
-            shared_image(path)
+            one_image(path)
         with pytest.raises(RequestError, match="lock=share is not one of auto, on, off"):
-            shared_image(path, lock="share")
-        shared = shared_image(path, lock="off")
-        shared.open(readonly=False)
-        shared.close()
+            one_image(path, lock="share")
+        server = one_image(path, lock="off")
+        server.open("", readonly=False)
+        server.close_all()
 
 
 # New files

@@ -19,12 +19,11 @@ from support import qemu
 from support.patterns import GiB, KiB, MiB
 from support.qed_image import F_NEED_CHECK, Built, Geometry, ImageSpec, QedFile, assert_sound, build, read_header
 
-from qedcore.check import Damage
 from qedcore.errors import ImageFormatError, QEDError, StorageError
 from qedcore.header import read_header as read_qed_header
 from qedcore.rehearsal import Rehearsal
 from qedcore.repair import Outcome, Repair
-from qedcore.scan import READ, Scan, ScanResult
+from qedcore.scan import READ, Blocks, Damage, Scan, ScanResult
 from qedcore.storage import Storage
 from qedcore.storage.file import FileStorage
 
@@ -192,8 +191,8 @@ def test_damage_is_counted(image: Image, name: str, vectors: bool) -> None:
 
 
 @pytest.mark.skipif(not HAS_NUMPY, reason="numpy is not installed")
-def test_numpy_finds_the_same(tmp_path: Path, rng: random.Random) -> None:
-    """Tables full of entries in any order, with and without damage."""
+def test_numpy_finds_the_same(tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables full of entries in any order, with and without damage: vectors, blocks and single entries agree."""
     entries, clusters = E, 3 * E
     header = ImageSpec(**SMALL, size=3 * E * CS)
     for damage in range(12):
@@ -204,7 +203,7 @@ def test_numpy_finds_the_same(tmp_path: Path, rng: random.Random) -> None:
             rng.shuffle(offsets)
         for _ in range(rng.randrange(damage + 1)):
             values = [0, 1, 2, rng.getrandbits(64), rng.choice(offsets), CS, first - CS, first + clusters * CS]
-            offsets[rng.randrange(clusters)] = rng.choice(values)
+            offsets[rng.randrange(clusters)] = rng.choice([*values, rng.choice(offsets) | 1])
         with built.path.open("r+b") as f:
             f.truncate(first + clusters * CS)
             f.seek(CS)
@@ -213,6 +212,9 @@ def test_numpy_finds_the_same(tmp_path: Path, rng: random.Random) -> None:
             f.write(struct.pack(f"<{3 * entries}Q", *offsets))
         plain = scan(FileStorage(built.path, False), False)
         assert scan(FileStorage(built.path, False), True) == plain
+        with monkeypatch.context() as patch:
+            patch.setattr(Blocks, "claim", lambda *_: None)
+            assert scan(FileStorage(built.path, False), False) == plain
         with QedFile(built.path) as oracle:
             report = oracle.verify()
         assert plain[0].corruptions == len(report.errors) or any(b & 1 and b & 2 for b in plain[2])
@@ -280,6 +282,41 @@ def test_repair(image: Image, name: str) -> None:
     assert built.path.read_bytes() == once
 
 
+LOST: dict[str, dict[str, Any]] = {
+    "two places for a table": {**TWO, "l1_entries": {1: 77, 2: 99}},
+    "a place for two tables": {**TWO, "layout": {0: "data", E: "data", 2 * E: "data"}, "l1_entries": {1: 77, 2: 0}},
+    "and the file grows": {
+        **TWO,
+        "entries": {3: lambda b: b.offsets[0]},
+        "l1_entries": {1: lambda b: b.end, 2: lambda b: b.end + CS},
+    },
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_table_without_a_certain_place_is_kept(image: Image, name: str) -> None:
+    """Its data can still be salvaged afterwards; --force gives it up."""
+    built = image(**LOST[name])
+    lost = {n: (offset, built.read(n * CS, CS)) for n, offset in built.offsets.items() if n >= E}
+    tables = {offset: None for index, offset in built.l2_offsets.items() if index}
+    before = built.path.read_bytes()
+    for offset in tables:
+        tables[offset] = before[offset : offset + 2 * CS]
+    for _ in range(2):
+        outcome, said = repair_file(built.path)
+        assert outcome.last.corruptions and outcome.last.leaks and not outcome.leaks_fixed
+        assert sum("nothing proves its place" in line for line in said) == 1
+        after = built.path.read_bytes()
+        assert all(after[offset : offset + CS] == data for offset, data in lost.values())
+        assert all(after[offset : offset + 2 * CS] == table for offset, table in tables.items())
+        with QedFile(built.path) as file:
+            assert file.read(0, CS) == built.read(0, CS)
+            assert not any(file.l1[index] % CS == 0 and file.l1[index] >= CS for index in (1, 2) if index in file.l1)
+    outcome, said = repair_file(built.path, force=True)
+    assert outcome.last.clean
+    assert not assert_sound(built.path).leaks
+
+
 def test_each_range_keeps_its_bytes(image: Image) -> None:
     """Two tables' worth of shared clusters are copied, not given to one of the two."""
     built = image(**{**TWO, "l1_entries": {2: lambda b: b.l2_offsets[0]}, "entries": {3: lambda b: b.offsets[9]}})
@@ -325,6 +362,23 @@ def test_wrong_header_is_not_believed(image: Image, name: str) -> None:
     before = built.path.read_bytes()
     with pytest.raises(ImageFormatError, match=HEADERS[name].copy().popitem()[0]):
         repair_file(built.path, everything=False)
+    assert built.path.read_bytes() == before
+
+
+def test_header_that_fits_badly_is_not_believed(image: Image) -> None:
+    """A stray L1 entry speaks against the true header; with the other one, nearly all entries are wrong."""
+    built = image(
+        **SMALL,
+        size=E * CS,
+        layout=dict.fromkeys((2, 472, 788, 1023), "data"),
+        reverse=True,
+        l1_entries={1: lambda b: b.offsets[472]},
+        entries={472: lambda b: b.offsets[1023]},
+        header={"table_size": 156},
+    )
+    before = built.path.read_bytes()
+    with pytest.raises(ImageFormatError):
+        repair_file(built.path)
     assert built.path.read_bytes() == before
 
 
@@ -552,7 +606,9 @@ def test_random_damage(tmp_path: Path, seed: str, number: int) -> None:
     path = tmp_path / "a.qed"
     wreck = Wreck(random.Random(seed), path)
     try:
-        repair_file(path, vectors=bool(number % 2) and HAS_NUMPY)
+        _, said = repair_file(path, vectors=bool(number % 2) and HAS_NUMPY)
+        if any("nothing proves its place" in line for line in said):
+            repair_file(path, force=True)
     except QEDError as error:
         assert wreck.header_hurt or "uncertain" in str(error)
         assert path.read_bytes() == wreck.raw

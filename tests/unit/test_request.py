@@ -27,6 +27,7 @@ from qedcore.errors import (
     StorageError,
     UnsupportedError,
 )
+from qedcore.storage.file import FileStorage
 
 Image = Callable[..., Built]
 CS = 64 * KiB
@@ -657,7 +658,12 @@ def test_no_reuse_under_a_reader(tapped: Tapped, retired: bool) -> None:
     gate = Gate()
     stopped = stop_at(gate, lambda call: call.name == "pread" and call.length == 7 * KiB)
     if retired:  # as SharedImage has it: the connections of before still use the read-only one
-        other, _ = open_tapped(built.path, stopped, writable=False, in_flight=img._requests._in_flight)
+        other = qedcore.open_image(
+            built.path,
+            writable=False,
+            opener=lambda path, rw, mode: Tap(FileStorage(path, rw, mode), stopped),  # takes no lock
+            in_flight=img._requests._in_flight,
+        )
     else:
         other = img
         tap.hook = stopped
