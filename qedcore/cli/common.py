@@ -14,9 +14,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from typing import Any, NamedTuple
 
-from ..chain import open_image, probe
+from ..chain import open_image, probe, resolve
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
 from ..formats import EndPoint, open_raw
 from ..image import QEDImage
@@ -139,6 +140,8 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
             raise RequestError(f"Could not open '{name}': Could not parse the JSON options: {error}") from None
     elif re.match(r"[^/]*:", name):
         protocol, _, rest = name.partition(":")
+        if re.match(r"[^/]*:", rest):
+            rest = f"./{rest}"  # so that nobody takes its beginning for another protocol
         return Location(name, rest if protocol == "file" else None, format)
     else:
         return Location(name, name, format)
@@ -154,6 +157,16 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
             f"Could not open '{name}': Block format 'qed' does not support the option '{min(options)}'"
         )
     return Location(name, path if plain and not options else None, format)
+
+
+def backing_path(name: str, overlay: str) -> str | None:
+    """The path of the backing file called `name` in the image at `overlay`; None when only QEMU knows the way.
+
+    Raises RequestError and UnsupportedError when it cannot be read.
+    """
+    if re.match(r"(?!file:)[^/]*:", name):
+        return locate(name).path
+    return resolve(name, overlay)
 
 
 def find_format(where: Location) -> str:
@@ -305,6 +318,21 @@ def run_signed(command: list[str]) -> int:
         for line in child.stderr:
             sys.stderr.write(re.sub(r"^qemu-img: ", f"{PROGRAM}: ", line))
     return child.returncode
+
+
+class RateLimit:
+    """Holds a copy down to a number of bytes per second, from now on; 0: no limit."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._started = time.monotonic()
+        self._done = 0  # bytes
+
+    def wait(self, length: int) -> None:
+        """Another `length` bytes are done: sleep until they may be."""
+        self._done += length
+        if self._rate:
+            time.sleep(max(0.0, self._started + self._done / self._rate - time.monotonic()))
 
 
 # -- progress -------------------------------------------------------------------------------------------
