@@ -112,11 +112,18 @@ class Copy:
                     raise RequestError(f"error while reading block status at offset {pos}: {error}") from error
                 kind, n = "lost", _to_next_cluster(source, pos, end)
             if kind == "data":
-                n = min(n, BUFFER - (base + pos) % BUFFER)  # whole granules stay whole
-                self._read(source, name, pos, n)
-                self._write(base + pos, n)
+                self._copy_data(source, name, base, pos, n)
             elif kind != "backing":
                 self._zero(base + pos, n)
+            pos += n
+            self._progress.update(base + pos)
+
+    def _copy_data(self, source: EndPoint, name: str, base: int, pos: int, length: int) -> None:
+        end = pos + length
+        while pos < end:
+            n = min(end - pos, BUFFER - (base + pos) % BUFFER)  # whole granules stay whole
+            self._read(source, name, pos, n)
+            self._write(base + pos, n)
             pos += n
             self._progress.update(base + pos)
 
