@@ -15,11 +15,13 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ..chain import open_image, probe, resolve
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
 from ..formats import EndPoint, open_raw
+from ..header import read_header
 from ..image import QEDImage
 from ..sizes import parse_qemu_size
 from ..storage import Storage
@@ -236,6 +238,8 @@ def open_qed(
     def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
         nonlocal current
         current = path
+        if writable:
+            _written.append(path)
         return open_storage(path, writable, mode)
 
     try:
@@ -259,6 +263,22 @@ def open_end_point(
         return open_raw(where.path, writable, cache_mode(cache or "writeback"))
     except StorageError as error:
         raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.path)}") from error
+
+
+_written: list[str] = []  # paths of all that open_qed has opened for writing
+
+
+def interrupted() -> str:
+    """What to say when the user has interrupted the command: also whether an image has to be checked now."""
+    for path in _written:
+        with suppress(QEDError):
+            storage = open_storage(path, writable=False)
+            try:
+                if read_header(storage)[0].need_check:
+                    return f"interrupted; {path} is whole, and will be checked when it is next written to"
+            finally:
+                storage.close()
+    return "interrupted"
 
 
 def notice(line: str) -> None:
