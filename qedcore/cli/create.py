@@ -35,7 +35,13 @@ as its backing file.  -o help lists the options of -o.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [OPTION...] FILE [SIZE]"
-    add_shared(parser, "fq")
+    add_shared(parser, "q")
+    parser.add_argument(
+        "-f",
+        "--format",
+        metavar="FMT",
+        help=f"format to make (default: {DEFAULT_FORMAT}); only qemu-img makes others",
+    )
     parser.add_argument("-b", dest="backing", metavar="FILE", help="the image that this one is to be based on")
     parser.add_argument("-F", dest="backing_format", metavar="FMT", help="format of the backing file")
     parser.add_argument("-u", dest="unsafe", action="store_true", help="do not look at the backing file; needs SIZE")
