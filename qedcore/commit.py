@@ -26,12 +26,18 @@ _ZEROS = bytes(COPY_STEP)
 
 
 def commit(
-    image: QEDImage, base: Source, *, keep: bool = False, progress: Callable[[int], None] = lambda pos: None
+    image: QEDImage,
+    base: Source,
+    *,
+    keep: bool = False,
+    progress: Callable[[int], None] = lambda pos: None,
+    written: Callable[[int], None] = lambda length: None,
 ) -> None:
     """Write what `image` has above `base`, a layer of its chain, into it; then empty the image, unless `keep`.
 
     Both were opened for writing (open_image, write_below) and so repaired if need be; no other request may be in
-    flight.  A base that is smaller grows.  The base is closed then.  `progress` is told guest positions.
+    flight.  A base that is smaller grows.  The base is closed then.  `progress` is told guest positions,
+    `written` how many bytes of data each write had.
     Raises CorruptImageError when damage is left in one of them, before anything is changed; else QEDError.
     """
     for layer in (image, base):
@@ -46,7 +52,7 @@ def commit(
                 resize(target, image.size)
             else:
                 target.grow(image.size)
-        _copy(image, base, target, progress)
+        _copy(image, base, target, progress, written)
         target.flush()
     except BaseException:
         with suppress(QEDError):  # the first error is the one to tell
@@ -58,7 +64,13 @@ def commit(
             _empty(metadata)
 
 
-def _copy(image: QEDImage, base: Source, target: QEDImage | _RawTarget, progress: Callable[[int], None]) -> None:
+def _copy(
+    image: QEDImage,
+    base: Source,
+    target: QEDImage | _RawTarget,
+    progress: Callable[[int], None],
+    written: Callable[[int], None],
+) -> None:
     """Write all that hides the base into it."""
     pos = 0
     while pos < image.size:
@@ -69,6 +81,8 @@ def _copy(image: QEDImage, base: Source, target: QEDImage | _RawTarget, progress
                 data = bytearray(min(COPY_STEP, n - done))
                 storage.pread_into(data, offset + done)
                 target.pwrite(data, pos + done)
+                progress(pos + done + len(data))
+                written(len(data))
         elif kind is ZERO:
             target.zero(pos, n)
         pos += n

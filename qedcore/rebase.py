@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Callable
 
-from .chain import open_source, probe, resolve
+from .chain import open_source
 from .cluster import FOUND, ZERO
-from .errors import QEDError, RequestError
-from .geometry import MiB, round_up
-from .header import FEATURE_NO_PROBE, HeaderUpdater, place_for_name, read_backing_name, read_header
+from .errors import RequestError
+from .geometry import DEFAULT_CLUSTER_SIZE, MiB, round_up
+from .header import HeaderUpdater, place_for_name, read_header
 from .image import QEDImage
 from .request import Source, find_data, read_chain
 from .storage import Storage
@@ -142,10 +142,17 @@ def _runs(
             return None
         return ZERO if cluster == zeros[: len(cluster)] else FOUND
 
-    for kind, group in groupby(range(0, len(before), cluster_size), kind_of):
+    kinds = [kind_of(at) for at in range(0, len(before), cluster_size)]
+    for i, kind in enumerate(kinds):
+        beside = kinds[max(i - 1, 0) : i] + kinds[i + 1 : i + 2]
+        if kind is ZERO and cluster_size <= DEFAULT_CLUSTER_SIZE and FOUND in beside and ZERO not in beside:
+            kinds[i] = FOUND  # one small cluster: data in one piece are worth more than its space
+    start = 0
+    for kind, group in groupby(kinds):
+        end = start + len(list(group)) * cluster_size
         if kind is not None:
-            clusters = list(group)
-            yield kind, pos + clusters[0], memoryview(before)[clusters[0] : clusters[-1] + cluster_size]
+            yield kind, pos + start, memoryview(before)[start:end]
+        start = end
 
 
 def change_name(
@@ -157,13 +164,12 @@ def change_name(
 ) -> None:
     """Change the name of the backing file and nothing else; neither the old nor the new one need exist.
 
-    Raises as rebase, also when backing files that exist would form a loop.
+    The name may also be one that leads back to the image now, as when files are about to be renamed.
+    Raises RequestError when the name does not fit, UnsupportedError, and StorageError.
     """
     storage = opener(path, True, CacheMode())
     try:
         header, _, _ = read_header(storage)
-        if name and _leads_to(name, path, raw, storage.identity(), opener):
-            raise LoopError(name)
         updater = HeaderUpdater(storage, header)
         if name:
             place_for_name(header, len(os.fsencode(name)))
@@ -171,32 +177,3 @@ def change_name(
         updater.set_backing(name, raw)
     finally:
         storage.close()
-
-
-def _leads_to(
-    name: str | None, overlay: str, raw: bool, identity: object, opener: Callable[[str, bool, CacheMode], Storage]
-) -> bool:
-    """Whether the chain under `overlay`, with `name` next, comes to the file `identity`; unreadable ones end it."""
-    seen = set()
-    while name is not None:
-        try:
-            overlay = resolve(name, overlay)
-            storage = opener(overlay, False, CacheMode())
-        except LockedError as error:
-            return error.identity == identity  # which is open for writing
-        except QEDError:
-            return False
-        try:
-            if storage.identity() == identity:
-                return True
-            if raw or storage.identity() in seen or probe(storage) != "qed":
-                return False
-            seen.add(storage.identity())
-            header, _, _ = read_header(storage)
-            name = read_backing_name(storage, header)
-            raw = bool(header.features & FEATURE_NO_PROBE)
-        except QEDError:
-            return False
-        finally:
-            storage.close()
-    return False

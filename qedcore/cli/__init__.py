@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import QEDError
-from .common import PROGRAM, trace
+from .common import PROGRAM, interrupted, trace
 
 COMMANDS = (
     "create",
@@ -33,7 +33,9 @@ COMMANDS = (
     "dump",
     "compare",
     "convert",
+    "dd",
     "measure",
+    "bench",
     "snapshot",
     "amend",
     "bitmap",
@@ -144,6 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QEDError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return EXIT_FAILURE
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     failure = getattr(args.module, "FAILURE", EXIT_FAILURE)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -161,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stdout.flush()
         if isinstance(error, KeyboardInterrupt):
-            print(f"{PROGRAM}: interrupted", file=sys.stderr)
+            print(f"{PROGRAM}: {interrupted()}", file=sys.stderr)
             return 128 + signal.SIGINT
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return int(getattr(error, "exit_code", failure))

@@ -7,12 +7,15 @@ import os
 
 from ..chain import resolve
 from ..commit import commit
-from ..errors import RequestError
+from ..errors import RequestError, StorageError
 from ..image import QEDImage
 from ..request import Source
 from .common import (
+    Location,
     Progress,
+    RateLimit,
     add_shared,
+    backing_path,
     check_cache,
     delegate,
     find_format,
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-d", dest="keep", action="store_true", help="do not empty the image: it is to be deleted anyway"
     )
     parser.add_argument("-b", dest="base", metavar="BASE", help="a file further down the chain, to commit into")
-    parser.add_argument("-r", dest="rate", metavar="RATE", help="accepted, without effect")
+    parser.add_argument("-r", dest="rate", metavar="RATE", help="bytes per second at most")
     parser.add_argument("file", nargs="*", metavar="FILE")
 
 
@@ -65,9 +68,13 @@ class BaseChoice:
         return layer if self.depth else None
 
 
+def _only_qemu_reaches_backing(where: Location) -> bool:
+    with open_qed(where, follow=False, force_share=True) as image:
+        return image.backing_name is not None and backing_path(image.backing_name, where.path or "") is None
+
+
 def run(args: argparse.Namespace) -> int:
-    if args.rate is not None:
-        sized(args.rate, "rate limit")
+    rate = sized(args.rate, "rate limit") if args.rate is not None else 0
     name = only_image(args.file)
     check_cache(args.cache)
     where = locate(name, args.format, args.image_opts)
@@ -76,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("Image does not have a backing file")
     if format != "qed":
         return delegate(args, f"committing a {format} image")
+    if _only_qemu_reaches_backing(where):
+        return delegate(args, f"committing {name}, whose backing file is not a local file,")
     choice = BaseChoice(where.path or "", args.base)
     with open_qed(where, writable=True, cache=args.cache, log=notice, write_below=choice) as image:
         base = choice.of(image)
@@ -84,7 +93,13 @@ def run(args: argparse.Namespace) -> int:
         if base is None:
             raise RequestError("Image does not have a backing file")
         with Progress(args, image.size) as progress:
-            commit(image, base, keep=args.keep or args.base is not None, progress=progress.update)
+            keep = args.keep or args.base is not None
+            try:
+                commit(image, base, keep=keep, progress=progress.update, written=RateLimit(rate).wait)
+            except StorageError as error:
+                raise StorageError(
+                    f"Block job failed: {os.strerror(error.errno)} ({error})", code=error.errno
+                ) from error
     if not args.quiet:
         print("Image committed.")
     return 0

@@ -11,11 +11,14 @@ import importlib
 import os
 import re
 import sys
+import time
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from ..chain import open_image, probe
+from ..chain import open_image, probe, resolve
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
 from ..formats import EndPoint, RawImage
+from ..header import read_header
 from ..image import QEDImage
 from ..sizes import parse_qemu_size
 from ..storage.file import CACHE_MODES, CacheMode, FileStorage, cache_mode, open_storage
@@ -139,6 +142,8 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
             raise RequestError(f"Could not open '{name}': Could not parse the JSON options: {error}") from None
     elif re.match(r"[^/]*:", name):
         protocol, _, rest = name.partition(":")
+        if re.match(r"[^/]*:", rest):
+            rest = f"./{rest}"  # so that nobody takes its beginning for another protocol
         return Location(name, rest if protocol == "file" else None, format)
     else:
         return Location(name, name, format)
@@ -162,6 +167,16 @@ def _locking(name: str, value: str | None) -> Locking:
         return Locking("auto" if value is None else value)
     except ValueError:
         raise RequestError(f"Could not open '{name}': invalid parameter value: {value}") from None
+
+
+def backing_path(name: str, overlay: str) -> str | None:
+    """The path of the backing file called `name` in the image at `overlay`; None when only QEMU knows the way.
+
+    Raises RequestError and UnsupportedError when it cannot be read.
+    """
+    if re.match(r"(?!file:)[^/]*:", name):
+        return locate(name).path
+    return resolve(name, overlay)
 
 
 def find_format(where: Location) -> str:
@@ -231,6 +246,8 @@ def open_qed(
     def opener(path: str, writable: bool, mode: CacheMode) -> FileStorage:
         locking = Locking.AUTO if opened else where.locking
         opened.append(path)
+        if writable:
+            _written.append(path)
         return open_storage(path, writable, mode, locking=locking, share=force_share)
 
     try:
@@ -266,6 +283,22 @@ def open_file(
         return open_storage(where.path, writable, mode, locking=where.locking, share=force_share)
     except StorageError as error:
         raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.path)}") from error
+
+
+_written: list[str] = []  # paths of all that open_qed has opened for writing
+
+
+def interrupted() -> str:
+    """What to say when the user has interrupted the command: also whether an image has to be checked now."""
+    for path in _written:
+        with suppress(QEDError):
+            storage = open_storage(path, writable=False)
+            try:
+                if read_header(storage)[0].need_check:
+                    return f"interrupted; {path} is whole, and will be checked when it is next written to"
+            finally:
+                storage.close()
+    return "interrupted"
 
 
 def notice(line: str) -> None:
@@ -322,6 +355,21 @@ def run_signed(command: list[str]) -> int:
         for line in child.stderr:
             sys.stderr.write(re.sub(r"^qemu-img: ", f"{PROGRAM}: ", line))
     return child.returncode
+
+
+class RateLimit:
+    """Holds a copy down to a number of bytes per second, from now on; 0: no limit."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._started = time.monotonic()
+        self._done = 0  # bytes
+
+    def wait(self, length: int) -> None:
+        """Another `length` bytes are done: sleep until they may be."""
+        self._done += length
+        if self._rate:
+            time.sleep(max(0.0, self._started + self._done / self._rate - time.monotonic()))
 
 
 # -- progress -------------------------------------------------------------------------------------------

@@ -64,6 +64,8 @@ class Comparison:
         self._progress = progress
         self._say = say  # takes lines for the user
         self._buffers = (bytearray(BUFFER), bytearray(BUFFER))
+        nothing = Run(0, 0, False, False, False, None, None)
+        self._runs = [(0, nothing), (0, nothing)]  # (end, the last one looked up) of each image
         self._end = max(image.size for image in images)  # bytes
 
     def run(self, strict: bool) -> str | None:
@@ -113,8 +115,14 @@ class Comparison:
         return None
 
     def _status(self, which: int, pos: int, length: int) -> Run:
+        """The run at pos; looked up once, because that takes time in proportion to its length."""
+        end, run = self._runs[which]
+        if pos < end:
+            return run._replace(length=end - pos)
         try:
-            return block_status(self._images[which], pos, length)
+            run = block_status(self._images[which], pos, length)
+            self._runs[which] = (pos + run.length, run)
+            return run
         except QEDError as error:
             raise CompareError(
                 f"Sector allocation test failed for {self._names[which]}: {error}", BAD_STATUS

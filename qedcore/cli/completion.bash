@@ -18,7 +18,7 @@ _qed() {
 
     if [[ ! $command ]]; then
         COMPREPLY=($(compgen -W "--help --version --debug --trace
-            create info check salvage resize rebase commit compact map dump compare convert measure
+            create info check salvage resize rebase commit compact map dump compare convert dd measure bench
             snapshot amend bitmap" -- "$word"))
         return
     fi
@@ -55,7 +55,7 @@ _qed() {
             check) options+=' -q -p -U -T -r --dry-run --verbose --output=' ;;
             resize) options+=' -q --shrink --preallocation=' ;;
             rebase) options+=' -q -p -U -t -T -b -F -u' ;;
-            commit) options+=' -q -p -t -d -b' ;;
+            commit) options+=' -q -p -t -d -b -r' ;;
             compact) options+=' -q -p -t --zeros' ;;
             map) options+=' -U --output= --start-offset= --max-length=' ;;
             dump) options+=' -U --output= --header --l1 --l2' ;;
@@ -64,10 +64,12 @@ _qed() {
                 options+=' -O -o -B -F -n -p -q -S -t -T -U -r --target-is-zero --target-image-opts --salvage'
                 ;;
             measure) options+=' -O -o -U --size --output=' ;;
+            dd) options+=' -O -U' ;;
+            bench) options+=' -q -t -U -c -d -o -s -S -w --pattern= --flush-interval= --no-drain -i -n' ;;
             snapshot) options+=' -q -U -l -a -c -d' ;;
             amend) options+=' -q -p -t -o' ;;
             bitmap) options+=' --add --remove --clear --enable --disable --merge' ;;
-            salvage) options='--help --debug' ;;
+            salvage) options='--help --debug -q -p -U --output= --cluster-size= --table-size= --size=' ;;
         esac
         compopt -o nospace
         local reply

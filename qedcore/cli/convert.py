@@ -7,7 +7,6 @@ import json
 import os
 import stat
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -23,6 +22,7 @@ from .common import (
     PROGRAM,
     Location,
     Progress,
+    RateLimit,
     add_shared,
     check_cache,
     delegate,
@@ -84,18 +84,23 @@ class Copy:
     """
 
     def __init__(
-        self, target: EndPoint, fresh: bool, granule: int, based: bool, rate: int, salvage: bool, progress: Progress
+        self,
+        target: EndPoint,
+        fresh: bool,
+        granule: int,
+        based: bool,
+        limit: RateLimit,
+        salvage: bool,
+        progress: Progress,
     ) -> None:
         self._target = target
         self._granule = granule
         self._based = based  # the target has a backing file that stands for what the source's top image lacks
         self._skip_zeros = fresh and target.backing is None
-        self._rate = rate  # bytes per second, 0: no limit
+        self._limit = limit
         self._salvage = salvage
         self._progress = progress
         self._buffer = bytearray(BUFFER)
-        self._started = time.monotonic()
-        self._copied = 0  # bytes
 
     def run(self, source: EndPoint, name: str, base: int, end: int) -> None:
         """Copy [0, end) of the source to [base, base + end) of the target.  Raises QEDError."""
@@ -108,11 +113,18 @@ class Copy:
                     raise RequestError(f"error while reading block status at offset {pos}: {error}") from error
                 kind, n = "lost", _to_next_cluster(source, pos, end)
             if kind == "data":
-                n = min(n, BUFFER - (base + pos) % BUFFER)  # whole granules stay whole
-                self._read(source, name, pos, n)
-                self._write(base + pos, n)
+                self._copy_data(source, name, base, pos, n)
             elif kind != "backing":
                 self._zero(base + pos, n)
+            pos += n
+            self._progress.update(base + pos)
+
+    def _copy_data(self, source: EndPoint, name: str, base: int, pos: int, length: int) -> None:
+        end = pos + length
+        while pos < end:
+            n = min(end - pos, BUFFER - (base + pos) % BUFFER)  # whole granules stay whole
+            self._read(source, name, pos, n)
+            self._write(base + pos, n)
             pos += n
             self._progress.update(base + pos)
 
@@ -155,9 +167,7 @@ class Copy:
                 self._zero(pos + start, end - start)
             else:
                 self._target.pwrite(view[start:end], pos + start)
-        self._copied += n
-        if self._rate:
-            time.sleep(max(0.0, self._started + self._copied / self._rate - time.monotonic()))
+        self._limit.wait(n)
 
     def _segments(self, pos: int, n: int) -> Iterator[tuple[int, int, bool]]:
         """(start, end, all zeros) of the parts of the buffer, which goes to pos; neighbours of a kind are joined."""
@@ -216,7 +226,7 @@ class Conversion:
                 unit = target.geometry.cluster_size if isinstance(target, QEDImage) else _SPARSE
                 granule = min(round_up(max(unit, self._sparse), unit), BUFFER)
             progress = stack.enter_context(Progress(args, total))
-            copy = Copy(target, fresh, granule, based, self._rate, args.salvage, progress)
+            copy = Copy(target, fresh, granule, based, RateLimit(self._rate), args.salvage, progress)
             base = 0
             for source, where in zip(sources, self._places):
                 copy.run(source, where.name, base, source.size)

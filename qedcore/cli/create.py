@@ -7,14 +7,26 @@ import json
 import os
 import subprocess
 
-from ..chain import probe, resolve
+from ..chain import probe
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
 from ..geometry import SECTOR, round_up
 from ..storage.file import FileStorage
-from .common import Location, add_shared, delegate, find_qemu_img, locate, open_qed, open_reason, sized
+from .common import (
+    PROGRAM,
+    Location,
+    add_shared,
+    backing_path,
+    delegate,
+    find_qemu_img,
+    locate,
+    open_qed,
+    open_reason,
+    sized,
+)
 from .target import SAME_FILE, SIZES, Options, make, print_options
 
 HELP = "make an empty image"
+DEFAULT_FORMAT = "raw" if PROGRAM == "qemu-img" else "qed"  # who calls it qemu-img expects qemu-img's
 EPILOG = """\
 An existing FILE is replaced when everything has been found right, and at once.  Without SIZE a new image is as large
 as its backing file.  -o help lists the options of -o.
@@ -23,7 +35,13 @@ as its backing file.  -o help lists the options of -o.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [OPTION...] FILE [SIZE]"
-    add_shared(parser, "fq")
+    add_shared(parser, "q")
+    parser.add_argument(
+        "-f",
+        "--format",
+        metavar="FMT",
+        help=f"format to make (default: {DEFAULT_FORMAT}); only qemu-img makes others",
+    )
     parser.add_argument("-b", dest="backing", metavar="FILE", help="the image that this one is to be based on")
     parser.add_argument("-F", dest="backing_format", metavar="FMT", help="format of the backing file")
     parser.add_argument("-u", dest="unsafe", action="store_true", help="do not look at the backing file; needs SIZE")
@@ -38,7 +56,10 @@ def backing_size(backing: str, format: str, overlay: str) -> int:
     """
     path = ""
     try:
-        path = resolve(backing, overlay)
+        where = backing_path(backing, overlay)
+        if where is None:
+            return _size_by_qemu_img(backing, format)
+        path = where
         if format == "qed":
             with open_qed(Location(path, path, "qed"), force_share=True) as image:
                 return image.size
@@ -59,8 +80,10 @@ def backing_size(backing: str, format: str, overlay: str) -> int:
 def _size_by_qemu_img(path: str, format: str) -> int:
     program = find_qemu_img()
     if program is None:
-        raise UnsupportedError(f"Unknown driver '{format}'")
-    command = [program, "info", "--output=json", "-f", format, path]
+        raise UnsupportedError(
+            f"a backing file called {path} (format {format}) needs qemu-img, which is not installed"
+        )
+    command = [program, "info", "-U", "--output=json", "-f", format, path]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise UnsupportedError(done.stderr.strip().partition(f"'{path}': ")[2] or done.stderr.strip())
@@ -69,8 +92,11 @@ def _size_by_qemu_img(path: str, format: str) -> int:
 
 def detect(backing: str, overlay: str) -> str:
     """The line that tells which format a backing file has that was named without one."""
+    path = backing_path(backing, overlay)
+    if path is None:
+        return f"Its name is not that of a file, so its format has to be given: {backing}"
     try:
-        storage = FileStorage(resolve(backing, overlay), writable=False)
+        storage = FileStorage(path, writable=False)
     except StorageError as error:
         reason = open_reason(error, "")
         raise RequestError(f"{overlay}: {reason}\nCould not open backing image.") from None
@@ -91,7 +117,8 @@ def check_backing(options: Options, backing: str, unsafe: bool) -> int | None:
     size = None
     if not unsafe:
         size = backing_size(backing, format, name) if format is not None else None
-        if format is not None and os.path.exists(name) and os.path.samefile(resolve(backing, name), name):
+        path = backing_path(backing, name)
+        if path is not None and format is not None and os.path.exists(name) and os.path.samefile(path, name):
             raise RequestError(SAME_FILE.format(name))
     if format is None:
         hint = "" if unsafe else f"\n{detect(backing, name)}"
@@ -101,8 +128,9 @@ def check_backing(options: Options, backing: str, unsafe: bool) -> int | None:
 
 def run(args: argparse.Namespace) -> int:
     wants_help = any(word in ("help", "?") for text in args.options for word in text.split(","))
-    if args.format not in (None, "qed"):
-        return delegate(args, f"creating a {args.format} image")
+    format = args.format or DEFAULT_FORMAT
+    if format != "qed":
+        return delegate(args, f"creating a {format} image")
     if wants_help:
         print_options(for_file=bool(args.files))
         return 0

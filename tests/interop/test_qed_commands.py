@@ -325,6 +325,12 @@ create -f qed -b base.raw -F bogus x.qed
 create -f qed -b base.raw -F qed x.qed
 create -f qed -b table.qed -F qed x.qed
 create -f qed -b on_bad.qed -F qed x.qed
+create -f qed -b file:base.raw -F raw x.qed
+create -f qed -b null-co:// -F raw x.qed 1M
+create -f qed -b "json:{'driver':'null-co','size':12345344}" -F raw x.qed
+create -f qed -b 'json:{"driver":"qed","file":{"driver":"file","filename":"plain.qed"}}' -F qed x.qed
+create -f qed -b nbd:unix:missing -F raw x.qed 1M
+create -f qed -b bogus:x -F raw x.qed 1M
 create -f qed -b '' x.qed
 create -f qed -b x.qed x.qed
 create -f qed missing/x.qed 1M

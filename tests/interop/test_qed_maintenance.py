@@ -251,11 +251,34 @@ def test_rebase_keeps_zero_clusters(pair: Pair) -> None:
 
 
 def test_rebase_refuses_loops(pair: Pair) -> None:
-    """QEMU makes such an image with -u, and cannot open it then."""
-    for unsafe in ([], ["-u"]):
-        result = qed("rebase", *unsafe, "-b", "top.qed", "-F", "qed", "mid.qed", cwd=pair.ours)
-        assert (result.rc, result.err) == (1, "qed: Backing file 'top.qed' creates an infinite loop.\n")
+    result = qed("rebase", "-b", "top.qed", "-F", "qed", "mid.qed", cwd=pair.ours)
+    assert (result.rc, result.err) == (1, "qed: Backing file 'top.qed' creates an infinite loop.\n")
     qemu.qemu_img_ok("info", "--backing-chain", pair.ours / "top.qed")
+
+
+def test_unsafe_rebase_makes_loops_and_undoes_them(pair: Pair) -> None:
+    """Files may be about to be renamed; every other command says what is wrong until they are."""
+    before = (pair.ours / "mid.qed").read_bytes()
+    for name in ("top.qed", "mid.qed"):
+        assert pair.same("rebase", "-u", "-b", name, "-F", "qed", "mid.qed").rc == 0
+        assert pair.same("info", "--backing-chain", "mid.qed").rc == 1
+        assert "loop" in qed("map", "mid.qed", cwd=pair.ours).err
+    assert pair.same("rebase", "-u", "-b", "base.raw", "-F", "raw", "mid.qed").rc == 0
+    assert (pair.ours / "mid.qed").read_bytes() == before
+
+
+def test_rebase_writes_a_lone_cluster_of_zeros(tmp_path: Path) -> None:
+    """As QEMU does, which writes all zeros; qed makes zero clusters of more than one in a row."""
+    for where in ("theirs", "ours"):
+        (tmp_path / where).mkdir()
+        for name, clusters in (("old.raw", (1, 1, 0, 1)), ("new.raw", (0, 2, 2, 1))):
+            (tmp_path / where / name).write_bytes(b"".join(bytes([c]) * 64 * KiB for c in clusters))
+        qemu.create(tmp_path / where / "top.qed", 256 * KiB, backing="old.raw")
+    line = ["rebase", "-b", "new.raw", "-F", "raw", "top.qed"]
+    qemu.qemu_img_ok(*line, cwd=tmp_path / "theirs")
+    qed_ok(*line, cwd=tmp_path / "ours")
+    show = ["map", "--output=json", "top.qed"]
+    assert qemu.qemu_img_ok(*show, cwd=tmp_path / "ours") == qemu.qemu_img_ok(*show, cwd=tmp_path / "theirs")
 
 
 # -- commit --------------------------------------------------------------------------------------------------------
@@ -400,7 +423,8 @@ def test_interrupt(tmp_path: Path) -> None:
     done = subprocess.run(
         [PYTHON, "-c", code, "compact", path], capture_output=True, text=True, timeout=20, env={**os.environ, **ENV}
     )
-    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "qed: interrupted\n")
+    said = f"qed: interrupted; {path} is whole, and will be checked when it is next written to\n"
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, said)
     with QedFile(path) as image:
         assert image.need_check and not image.verify().errors
     assert "was not closed cleanly" in qed("compact", path).err

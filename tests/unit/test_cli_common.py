@@ -214,6 +214,29 @@ def test_interrupted(tmp_path: Path, number: signal.Signals, code: int) -> None:
     assert sorted(os.listdir(tmp_path)) == ["source.raw", "target"]
 
 
+def test_rate_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sleeps as long as the average needs; time that the copy itself took counts."""
+    now = 100.0
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        slept.append(seconds)
+        now += seconds
+
+    monkeypatch.setattr(common.time, "monotonic", lambda: now)
+    monkeypatch.setattr(common.time, "sleep", sleep)
+    limit = common.RateLimit(1000)
+    limit.wait(500)
+    now += 0.25  # the next copy
+    limit.wait(500)
+    now += 10  # a slow one
+    limit.wait(500)
+    assert slept == [0.5, 0.25, 0.0]
+    common.RateLimit(0).wait(1 << 40)
+    assert len(slept) == 3
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

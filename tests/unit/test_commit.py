@@ -255,3 +255,14 @@ def test_error_at_each_op(image: Image, tmp_path: Path, kind: str) -> None:
         assert_sound(path)
         fail_at += 1
     assert fail_at > 8
+
+
+def test_written_counts_the_data(tmp_path: Path, image: Image) -> None:
+    """For a limit of the rate: zeros and holes cost nothing."""
+    make_base(tmp_path, image, "raw", SIZE)
+    path = image(**SMALL, size=SIZE, layout=LAYOUT, backing="base", no_probe=True).path
+    lengths: list[int] = []
+    with qedcore.open_image(path, write_below=lambda name, path: True) as top:
+        assert top.backing is not None
+        commit(top, top.backing, written=lengths.append)
+    assert sum(lengths) == 3 * CS + 512
