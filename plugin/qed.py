@@ -25,6 +25,7 @@ from qedcore import __version__  # noqa: E402
 from qedcore.cluster import ZERO  # noqa: E402
 from qedcore.errors import QEDError, StorageError  # noqa: E402
 from qedcore.shared import SharedImage  # noqa: E402
+from qedcore.storage.file import is_uri  # noqa: E402
 from qedcore.thread_state import ThreadStates  # noqa: E402
 
 API_VERSION = 2
@@ -88,7 +89,7 @@ def fail(error: BaseException) -> NoReturn:
 
 def config(key: str, value: str) -> None:
     # nbdkit changes directory before the image is opened.
-    shared.configure(key, os.path.abspath(value) if key == "file" and value else value)
+    shared.configure(key, os.path.abspath(value) if key == "file" and value and not is_uri(value) else value)
 
 
 def config_complete() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Callable
 
 from .affinity import Crowd
+from .backing import BackingPolicy
 from .chain import open_image
 from .errors import RequestError
 from .image import DEFAULT_L2_CACHE, QEDImage
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 class SharedImage:
     """Configured by parameters, opened by check(), used through `image`."""
 
-    PARAMETERS = ("file", "cache", "l2_cache", "affinity", "trace")
+    PARAMETERS = ("file", "cache", "l2_cache", "affinity", "trace", "backing", "backing-dir", "backing-format")
 
     def __init__(self, log: Callable[[str], None], trace_line: Callable[[str], None]) -> None:
         self._log = log  # takes one-line notices
         self._trace_line = trace_line
         self._values: dict[str, str] = {}
+        self._policy = BackingPolicy()
         self.crowd = Crowd()
         self._lock = ranked_lock(Rank.SHARED)
         self._retired: QEDImage | None = None  # the read-only one, whose last requests may still be in flight
@@ -52,6 +54,8 @@ class SharedImage:
             if value not in ("auto", "off"):
                 raise RequestError(f"affinity={value} is not one of auto, off")
             self.crowd.enabled = self.crowd.enabled and value == "auto"
+        elif name.startswith("backing"):
+            self._policy = self._policy.configured(name, value)
         elif not value:
             raise RequestError(f"{name}= needs a value")
         self._values[name] = value
@@ -80,6 +84,7 @@ class SharedImage:
             trace=trace,
             trace_dialect=trace.dialect if trace else "7.2",
             log=self._log,
+            policy=self._policy,
         )
 
     def open(self, readonly: bool) -> None:

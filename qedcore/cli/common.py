@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,8 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-from ..chain import open_image, probe
+from ..backing import BackingPolicy, json_options, probe
+from ..chain import open_image
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
 from ..formats import EndPoint, open_raw
 from ..image import QEDImage
@@ -101,28 +101,6 @@ def _options_of(text: str) -> dict[str, str]:
     return options
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """{"file": {"filename": X}} as {"file.filename": X}."""
-    if not isinstance(tree, dict):
-        return {prefix: str(tree)}
-    return {
-        key: value
-        for name, part in tree.items()
-        for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()
-    }
-
-
-def _json(text: str) -> Any:
-    """JSON as QEMU takes it: strings may be in single quotes."""
-
-    def double_quoted(match: re.Match[str]) -> str:
-        if match[0][0] == '"':
-            return match[0]
-        return json.dumps(match[0][1:-1].replace("\\'", "'"))
-
-    return json.loads(re.sub(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", double_quoted, text))
-
-
 def locate(name: str, format: str | None = None, image_opts: bool = False) -> Location:
     """What `name` means: a path, file:PATH, json:{...}, or with image_opts driver=...,file.filename=...
 
@@ -134,7 +112,7 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
         options: dict[str, str] = _options_of(name)
     elif name.startswith("json:"):
         try:
-            options = _flat(_json(name[len("json:") :]))
+            options = json_options(name[len("json:") :])
         except ValueError as error:
             raise RequestError(f"Could not open '{name}': Could not parse the JSON options: {error}") from None
     elif re.match(r"[^/]*:", name):
@@ -194,6 +172,9 @@ def open_reason(error: QEDError, path: str = "") -> str:
     return text
 
 
+# What qemu-img does with the names in images.
+POLICY = BackingPolicy(follow="any", format="probe")
+
 _tracing: dict[str, Any] = {}  # options for chain.open_image
 
 
@@ -217,7 +198,7 @@ def open_qed(
             f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here"
         )
     refuse_if_in_use(where.path, writable, force_share)
-    options = {"log": notice, **_tracing, **options}
+    options = {"log": notice, "policy": POLICY, **_tracing, **options}
     current = where.path
 
     def opener(path: str, writable: bool, mode: CacheMode) -> Storage:

@@ -9,6 +9,7 @@ from ..errors import QEDError, RequestError, UnsupportedError
 from ..rebase import change_name, rebase
 from ..request import Source
 from .common import (
+    POLICY,
     Location,
     Progress,
     add_shared,
@@ -81,7 +82,9 @@ def _rebase(args: argparse.Namespace, where: Location) -> None:
                 path = resolve(args.backing, where.path or "")
                 refuse_if_in_use(path, writable=False, force_share=args.force_share)
                 try:
-                    new = open_source(path, args.backing_format, cache=args.source_cache or "writeback")
+                    new = open_source(
+                        path, args.backing_format, cache=args.source_cache or "writeback", policy=POLICY
+                    )
                 except QEDError as error:
                     reason = open_reason(error, path)
                     raise RequestError(f"Could not open new backing file '{args.backing}': {reason}") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class FileStorage:
         if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
             self.close()
             raise StorageError(f"cannot open {self.name}: not a file or block device", code=errno.EINVAL)
-        self._regular = stat.S_ISREG(info.st_mode)
+        self.fixed_size = not stat.S_ISREG(info.st_mode)
         self._identity = (info.st_dev, info.st_ino)
         self._commit = GroupCommit(self._ignore_flush if mode.no_flush else self._sync)
 
@@ -122,7 +123,7 @@ class FileStorage:
         try:
             os.ftruncate(self.fd, size)
         except OSError as error:
-            if error.errno == errno.EINVAL and not self._regular:
+            if error.errno == errno.EINVAL and self.fixed_size:
                 raise StorageError(
                     f"cannot make {self.name} {size} bytes long: it is not a regular file", code=errno.ENOSPC
                 ) from None
@@ -155,8 +156,20 @@ class FileStorage:
         return StorageError(f"cannot {verb} {length} bytes at {offset:#x} of {self.name}", error)
 
 
+_NBD_URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
+
+
+def is_uri(name: str | os.PathLike[str]) -> bool:
+    """`name` is an NBD URI, not a path."""
+    return _NBD_URI.match(os.fspath(name)) is not None
+
+
 def open_storage(path: str | os.PathLike[str], writable: bool, mode: CacheMode = CacheMode()) -> Storage:
-    """The storage at `path`: the default opener of images.  Raises StorageError."""
+    """The storage at `path`, or at an NBD URI: the default opener of images.  Raises StorageError."""
+    if is_uri(path):
+        from .nbd import open_uri
+
+        return open_uri(os.fspath(path), writable, no_flush=mode.no_flush)
     if mode.direct:
         from .direct import DirectStorage
 
