@@ -13,7 +13,8 @@ With `dirs`, only what is in these directories, after resolving symbolic links; 
 
 Which format it has:
     the image says that it is raw (NO_PROBE): raw, always.  It is never probed.
-    the image names it, by json:{"driver": ...}: that one.
+    the image names it, by json:{"driver": ...}: that one; but then it may not refer to other files, unless `format`
+        or `follow` says so.  Through a format that the operator has named, QEMU opens what the image there names.
     neither: the header has no room for other names.  By `format`:
         None      the first bytes decide between QED and raw; what looks like any other format is refused
         "raw"     raw
@@ -288,9 +289,13 @@ class BackingPolicy:
             )
         return self.format or found
 
+    def confines(self, format: str) -> bool:
+        """An image in this format, which is for QEMU to open, may not refer to anything else."""
+        return bool(self.dirs) or (self.follow != "any" and self.format not in (format, "probe"))
+
     def check_self_contained(self, storage: Storage, format: str, what: str) -> None:
-        """Raise UnsupportedError if an image in another format may refer to other files, and these are confined."""
-        if not self.dirs:
+        """Raise UnsupportedError if an image in another format may refer to other files, and that is not allowed."""
+        if not self.confines(format):
             return
         header = bytearray(_PROBE_BYTES)
         storage.pread_into(header, 0)
@@ -299,6 +304,5 @@ class BackingPolicy:
             version, backing = int.from_bytes(header[4:8], "big"), int.from_bytes(header[8:16], "big")
             refers = backing != 0 or (version >= 3 and bool(header[79] & 4))  # incompatible feature: data file
         if refers:
-            raise UnsupportedError(
-                f"{what}, is a {format} image that may refer to other files, which backing-dir cannot confine"
-            )
+            advice = "backing-dir cannot confine them" if self.dirs else f"allow that with backing-format={format}"
+            raise UnsupportedError(f"{what}, is a {format} image that may refer to other files: {advice}")

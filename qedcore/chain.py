@@ -10,7 +10,7 @@ from typing import Callable
 from .backing import FOREIGN_FORMATS, BackingName, BackingPolicy, parse_name, probe, resolve
 from .cluster import FOUND, Kind
 from .errors import ImageFormatError, StorageError, UnsupportedError
-from .fixed_size import FixedSizeStorage, end_of_image
+from .fixed_size import as_file
 from .header import FEATURE_NO_PROBE
 from .image import DEFAULT_L2_CACHE, Parts, QEDImage
 from .request import Source
@@ -125,8 +125,8 @@ class ChainOpener:
 
     def _push_image(self, storage: Storage, path: str, writable: bool) -> None:
         """Put a QED image under those that are open."""
-        if writable and storage.fixed_size:
-            storage = FixedSizeStorage(storage, end_of_image(storage), getattr(storage, "punch", None))
+        if writable:
+            storage = as_file(storage)
         try:
             image = QEDImage(
                 storage,
@@ -173,7 +173,7 @@ class ChainOpener:
         identity = storage.identity()
         self._storages.remove(storage)
         storage.close()
-        confined = real if self._policy.dirs else None
+        confined = real if self._policy.confines(format) else None
         foreign = open_foreign(os.path.abspath(path) if where.path else path, format, self._mode, identity, confined)
         self._storages.append(foreign)
         return path, RawSource(foreign)

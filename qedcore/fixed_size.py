@@ -37,6 +37,13 @@ def end_of_image(storage: Storage) -> int:
     return Walk(TableIO(storage), geometry, bounds, header.l1_table_offset).run().end
 
 
+def as_file(storage: Storage) -> Storage:
+    """`storage`; where its size is fixed, as a file that ends where the image does.  Raises StorageError."""
+    if not storage.fixed_size:
+        return storage
+    return FixedSizeStorage(storage, end_of_image(storage), getattr(storage, "punch", None))
+
+
 class FixedSizeStorage:
     """See Storage.  It owns `inner`.  `punch`(offset, length) makes zeros there, or cannot (False).
 

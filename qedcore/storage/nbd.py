@@ -127,7 +127,7 @@ class NbdStorage:
         handle = link.handle
         largest = handle.get_block_size(self._nbd.SIZE_MAXIMUM) or _LARGEST
         self._block = max(handle.get_block_size(self._nbd.SIZE_MINIMUM), 1)  # bytes: the unit of requests
-        self._largest = min(largest, _LARGEST) // self._block * self._block  # bytes
+        self._largest = max(min(largest, _LARGEST) // self._block, 1) * self._block  # bytes of data per request
         self._can_flush = bool(handle.can_flush()) and not no_flush
         self._can_zero = bool(handle.can_zero())
         self._can_tell_zeros = bool(handle.can_meta_context("base:allocation"))
@@ -278,8 +278,9 @@ class NbdStorage:
             return False
         try:
             with self._busy.hold(offset, offset + length, False):
-                for at, n in self._pieces(offset, length):
-                    self._write(_Write(at, n, None))
+                step = max(_LARGEST // self._block, 1) * self._block  # the limit of the server is for data
+                for at in range(offset, offset + length, step):
+                    self._write(_Write(at, min(step, offset + length - at), None))
         except OSError as error:
             if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP):
                 return False

@@ -172,9 +172,27 @@ def test_backing_dir_and_images_that_refer_to_other_files(tmp_path: Path, image:
     (tmp_path / "secret").write_bytes(stamp(66, 0, SIZE))
     qemu.qemu_img_ok("create", "-q", *REFERS[name], "base", str(SIZE), cwd=tmp_path / "in")
     built = image(size=SIZE, layout="-", backing="in/base")
-    with pytest.raises(UnsupportedError, match="backing-dir cannot confine"):
+    with pytest.raises(UnsupportedError, match="refer to other files: backing-dir cannot confine"):
         qedcore.open_image(built.path, policy=ANY.configured("backing-dir", str(tmp_path / "in")))
     assert not helpers(tmp_path)
+
+
+@pytest.mark.parametrize("name", REFERS)
+def test_named_format_does_not_lead_further(tmp_path: Path, image: Image, name: str) -> None:
+    """The image names the format of its backing file, but the operator has not: QEMU opens that file alone."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret").write_bytes(stamp(66, 0, SIZE))
+    fmt = REFERS[name][1]
+    qemu.qemu_img_ok("create", "-q", *REFERS[name], "base", str(SIZE), cwd=tmp_path / "in")
+    stored = json.dumps({"driver": fmt, "file": {"driver": "file", "filename": "in/base"}})
+    built = image(size=SIZE, layout="-", backing=f"json:{stored}")
+    with pytest.raises(UnsupportedError, match=f"refer to other files: allow that with backing-format={fmt}"):
+        qedcore.open_image(built.path)
+    assert not helpers(tmp_path)
+    if name in ("backing file", "qcow"):
+        for policy in (BackingPolicy(format=fmt), BackingPolicy(format="probe"), BackingPolicy(follow="any")):
+            with qedcore.open_image(built.path, policy=policy) as img:
+                assert_same(img.pread(MiB, 0), stamp(66, 0, MiB))
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt != "vmdk"])

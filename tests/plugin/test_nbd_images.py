@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from support import qemu
 from support.patterns import KiB, MiB, Model, assert_same, check_model, device, random_ops, stamp
 from support.qed_image import Built, assert_sound, raw_reader
 from support.server import Nbdkit, QemuNbd, StartError, disconnect, import_nbd
-from support.tools import require, run_ok
+from support.tools import REPO, require, run_ok
 
 from qedcore.errors import StorageError
 from qedcore.storage.nbd import NbdStorage, open_uri
@@ -333,6 +334,9 @@ def test_block_device(tmp_path: Path, image: Callable[..., Built], serve: Serve)
             check_model(model, device(client))
             client.shutdown()
             server.stop()
+        for options in ([], ["-r", "all"], []):
+            out = run_ok([sys.executable, "-m", "qedcore", "check", *options, device_path], cwd=REPO)
+            assert out.startswith("No errors were found"), out
     finally:
         subprocess.run(["losetup", "--detach", device_path], check=True)
     assert_sound_in(path, tmp_path / "image.qed")
