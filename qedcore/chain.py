@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import time
 from typing import Callable
 
@@ -57,14 +58,25 @@ def open_foreign(
     name = name or target
     if confined is None:
         return open_by_qemu(name, [*words, "-f", format, target], identity)
-    with open(confined, "rb", buffering=0) as file:
-        info = os.fstat(file.fileno())
-        if identity != (info.st_dev, info.st_ino):
-            raise UnsupportedError(f"{confined} is being replaced")
-        fd = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 10)  # the low ones have a meaning for the child
-    driver = "file" if os.path.isfile(confined) else "host_device"
+    fd = _open_same(confined, identity)
+    driver = "file" if stat.S_ISREG(os.fstat(fd).st_mode) else "host_device"
     opened = f'{{"driver":"{driver}","filename":"/proc/self/fd/{fd}"}}'
     return open_by_qemu(name, [*words, f'json:{{"driver":"{format}","backing":null,"file":{opened}}}'], identity, fd)
+
+
+def _open_same(path: str, identity: object) -> int:
+    """A descriptor of the file at `path`, which must have this identity; the low ones are left for a child's use."""
+    try:
+        low = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            info = os.fstat(low)
+            if identity != (info.st_dev, info.st_ino):
+                raise UnsupportedError(f"{path} is being replaced")
+            return fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10)
+        finally:
+            os.close(low)
+    except OSError as error:
+        raise StorageError(f"cannot open {path}", error) from None
 
 
 class ChainOpener:

@@ -96,8 +96,12 @@ class FixedSizeStorage:
             self._inner.flush()  # before anything refers to it (I2)
         self._size = size
 
+    def punch(self, offset: int, length: int) -> bool:
+        """Zeros in a range, whose space may be given back; False where that cannot be."""
+        return self._punch is not None and self._punch(offset, length)
+
     def _zero(self, start: int, end: int) -> None:
-        if self._punch is not None and self._punch(start, end - start):
+        if self.punch(start, end - start):
             return
         for at in range(start, end, len(_ZEROS)):
             self._inner.pwrite(memoryview(_ZEROS)[: end - at], at)

@@ -9,6 +9,7 @@ I5. every write that was answered since the last flush is sent again, in order, 
 I6. requests that had no answer are sent again; all of them may be repeated without harm.
 I7. While the server stays away, requests fail after a while, but a failed flush is not a lost one: what it was for
     is still kept, so a flush that succeeds after the server has come back tells the truth.
+A server that has no flush is believed: what it has answered counts as durable.
 
 One thing cannot be helped: where the network fails, rather than the server, the server may find and carry out an old
 request after a later one of the new connection.
@@ -251,9 +252,9 @@ class NbdStorage:
         if offset + len(view) > self.size():
             raise StorageError(f"{what}: it has {self.size()} bytes", code=errno.ENOSPC)
         start, end = self._blocks(offset, len(view))
-        partial = (start, end) != (offset, offset + len(view))
-        with self._busy.hold(start, end, partial):
-            if partial:
+        uneven = (start, end) != (offset, offset + len(view))
+        with self._busy.hold(start, end, uneven):
+            if uneven:
                 view = self._filled(view, offset, start, end)
             try:
                 for at, n in self._pieces(start, end - start):

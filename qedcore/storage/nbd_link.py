@@ -8,7 +8,8 @@ threads that wait for an answer waits on the socket, for all of them:
     C submits | waits ........................................................ | polls ...
 
 I1. libnbd's handle is used only under the lock, which is not held while waiting.  A thread that submits while
-    another polls wakes it if there is something left to send.
+    another polls wakes it if there is something left to send, and if that has shown the connection to be broken:
+    libnbd has closed the socket then, and its number may be another's already.
 """
 
 from __future__ import annotations
@@ -132,10 +133,11 @@ class Link:
                 submit(self.handle, request.complete)
             except self._nbd.Error as error:
                 if self._is_lost():
+                    self._wake()
                     raise LinkLost from None
                 raise OSError(error.errnum or errno.EIO, text_of(error)) from None
             self._pending[request] = None
-            if self._polling and self.handle.aio_get_direction() & self._nbd.AIO_DIRECTION_WRITE:
+            if self._polling and self.handle.aio_get_direction() != self._nbd.AIO_DIRECTION_READ:
                 self._wake()
             try:
                 while not request.done:

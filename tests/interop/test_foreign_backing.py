@@ -222,6 +222,31 @@ def test_a_reference_that_is_hidden_from_us_is_not_followed(
         assert_same(img.pread(SIZE, 0), bytes(SIZE))
 
 
+@pytest.mark.parametrize("how", ["replaced", "removed", "a FIFO"])
+def test_confined_file_that_is_exchanged_before_qemu_opens_it(
+    tmp_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    base = tmp_path / "in" / "base"
+    foreign(base, "qcow2")
+    foreign(tmp_path / "other", "qcow2", tag=66)
+    built = image(size=SIZE, layout="-", backing="in/base")
+
+    def exchange(*args: object) -> None:
+        base.unlink()
+        if how == "replaced":
+            base.symlink_to(tmp_path / "other")
+        elif how == "a FIFO":
+            os.mkfifo(base)
+
+    monkeypatch.setattr(BackingPolicy, "check_self_contained", exchange)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(QEDError, match="No such file" if how == "removed" else "being replaced"):
+        qedcore.open_image(built.path, policy=ANY.configured("backing-dir", str(tmp_path / "in")))
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not helpers(tmp_path)
+
+
 # Life and death of qemu-nbd
 
 

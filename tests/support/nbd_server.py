@@ -57,11 +57,12 @@ class FakeServer:
         return f"nbd+unix:///?socket={self.path}"
 
     def start(self) -> FakeServer:
-        self.now = bytearray(self.durable)
-        self.path.unlink(missing_ok=True)
-        listener = self._listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(self.path))
-        listener.listen(8)
+        with self._lock:
+            self.now = bytearray(self.durable)
+            self.path.unlink(missing_ok=True)
+            listener = self._listener = socket.socket(socket.AF_UNIX)
+            listener.bind(str(self.path))
+            listener.listen(8)
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         return self
 
@@ -83,6 +84,9 @@ class FakeServer:
                 listener.close()
                 return
             with self._lock:
+                if listener is not self._listener:  # it has crashed meanwhile
+                    connection.close()
+                    continue
                 self._open.append(connection)
                 self.connections += 1
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()

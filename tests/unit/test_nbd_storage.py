@@ -19,6 +19,7 @@ from support.server import import_nbd, wait_for
 from qedcore.errors import StorageError, UnreachableError
 from qedcore.storage import nbd as nbd_module
 from qedcore.storage.nbd import NbdStorage, UriPeer
+from qedcore.storage.nbd_link import Link
 
 SIZE = 1 * MiB
 
@@ -140,6 +141,30 @@ def test_writes_that_share_a_block(server: FakeServer, clock: Clock) -> None:
     storage.close()
 
 
+def test_connection_found_broken_while_another_thread_is_about_to_poll(
+    server: FakeServer, storage: NbdStorage, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libnbd closes the socket, and the next connection has its number: nobody may wait for that one."""
+    gate = Gate()
+    poll, first = Link._poll, threading.Lock()
+
+    def stopped(link: Link, wanted: tuple[int, int], seconds: float | None) -> int:
+        if seconds is None and first.acquire(blocking=False):
+            gate.stop()
+        return poll(link, wanted, seconds)
+
+    monkeypatch.setattr(Link, "_poll", stopped)
+    server.hook = lambda request: gate.stop() if request.offset == 0 else None
+    waiting = Job(read, storage, 0, 10)
+    gate.reached(2)  # the thread before its poll, and the server with the request
+    server.hook = lambda request: None
+    server.crash()
+    clock.on_pause = lambda: server.start() and None
+    assert_same(read(storage, KiB, 10), stamp(1, KiB, 10))
+    gate.open(2)
+    assert_same(waiting.result(), stamp(1, 0, 10))
+
+
 def test_large_request_while_another_waits(tmp_path: Path, clock: Clock) -> None:
     """More than the socket takes at once: the thread that polls must send the rest."""
     import_nbd()
@@ -252,6 +277,54 @@ def test_crash_at_every_request(tmp_path: Path, seed: str, how: type[Exception],
         if count < n:
             break
     assert crashes > 8
+
+
+@pytest.mark.parametrize("n", range(4))
+def test_crashes_under_many_threads(
+    server: FakeServer, clock: Clock, seed: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight writers, each with its own range; the server crashes again and again, before and after requests."""
+    monkeypatch.setattr(nbd_module, "_LOSSES", 1000)
+    rng = random.Random(seed)
+    crashes = iter([rng.randrange(5, 60) for _ in range(12)])
+    lock = threading.Lock()
+    left = next(crashes)
+
+    def hook(request: Request) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            if left == 0:
+                left = next(crashes, -1)
+                raise (Crash, CrashAfter)[left % 2]
+
+    def come_back() -> None:
+        if not server.path.exists():
+            server.start()
+
+    server.hook = hook
+    clock.on_pause = come_back
+    storage = connect(server, clock)
+    model = bytearray(stamp(1, 0, SIZE))
+
+    def write(thread: int) -> None:
+        mine = random.Random(f"{seed}{thread}")
+        for _ in range(40):
+            offset, length = thread * 64 * KiB + mine.randrange(60 * KiB), mine.randrange(1, 4000)
+            data = mine.randbytes(length)
+            storage.pwrite(data, offset)
+            model[offset : offset + length] = data
+            if mine.random() < 0.2:
+                storage.flush()
+            if mine.random() < 0.3:
+                assert_same(read(storage, offset, length), data, offset)
+
+    for job in [Job(write, thread) for thread in range(8)]:
+        job.result()
+    storage.flush()
+    assert_same(server.durable, bytes(model))
+    assert next(crashes, None) is None and not storage._kept and not storage._kept_bytes
+    storage.close()
 
 
 def test_flushed_data_is_not_sent_again(server: FakeServer, storage: NbdStorage, clock: Clock) -> None:
