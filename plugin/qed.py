@@ -32,6 +32,7 @@ from qedcore.geometry import MiB  # noqa: E402
 from qedcore.parameters import Parameters  # noqa: E402
 from qedcore.prefetch import prefetch  # noqa: E402
 from qedcore.shared import SharedImage  # noqa: E402
+from qedcore.storage.file import is_uri  # noqa: E402
 from qedcore.thread_state import ThreadStates  # noqa: E402
 
 API_VERSION = 2
@@ -103,7 +104,7 @@ def fail(error: BaseException) -> NoReturn:
 def config(key: str, value: str) -> None:
     if key in ("file", "dir", "backing_file"):
         value = os.fsdecode(value.encode())  # nbdkit takes it for UTF-8, whatever this system's locale
-        if key != "backing_file" and value:
+        if key != "backing_file" and value and not is_uri(value):
             value = os.path.abspath(value)  # nbdkit changes directory before anything is opened
     parameters.take(key, value)
 

@@ -1,19 +1,17 @@
-"""Opening an image with everything under it: probing, resolving names, finding loops.
-
-Probing rules.  A backing file is raw, and nothing else, when the image says so (NO_PROBE).  Otherwise its first
-bytes decide, as in QEMU: QED, a format that is refused here with advice, or raw.  Guessing is what the image asked
-for, and it is a risk: whoever could write the first sector of a raw backing file can make it look like an image.
-"""
+"""Opening an image with everything under it: formats, names, loops.  What may be opened is for backing.py to say."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-import re
+import stat
 import time
 from typing import Callable
 
+from .backing import FOREIGN_FORMATS, BackingName, BackingPolicy, parse_name, probe, resolve
 from .cluster import FOUND, Kind
 from .errors import ImageFormatError, StorageError, UnsupportedError
+from .fixed_size import as_file
 from .header import FEATURE_NO_PROBE
 from .image import DEFAULT_L2_CACHE, Parts, QEDImage
 from .in_flight import InFlight
@@ -22,64 +20,69 @@ from .storage import Storage
 from .storage.file import CacheMode, cache_mode, open_storage
 from .storage.lock import LockedError
 
-_PROBE_BYTES = 512
+__all__ = ["ChainOpener", "RawSource", "close_source", "open_image", "open_source", "probe", "resolve"]
 
-# (offset of the magic in the file, magic, name), for formats that must not be mistaken for raw.
-_MAGICS = (
-    (0, b"QED\0", "qed"),
-    (0, b"QFI\xfb", "qcow2"),
-    (0, b"KDMV", "vmdk"),
-    (0, b"COWD", "vmdk"),
-    (0, b"# Disk DescriptorFile", "vmdk"),
-    (0, b"vhdxfile", "vhdx"),
-    (0, b"conectix", "vpc"),
-    (0, b"LUKS\xba\xbe", "luks"),
-    (0, b"WithoutFreeSpace", "parallels"),
-    (0, b"WithouFreSpacExt", "parallels"),
-    (0x40, b"\x7f\x10\xda\xbe", "vdi"),
-)
-
-
-def probe(storage: Storage) -> str:
-    """The format of a file by its first bytes: "qed", "raw" or another format's name."""
-    data = bytearray(_PROBE_BYTES)
-    storage.pread_into(data, 0)
-    for offset, magic, name in _MAGICS:
-        if data[offset : offset + len(magic)] == magic:
-            return name
-    return "raw"
-
-
-def resolve(name: str, overlay: str) -> str:
-    """The path of the backing file called `name` in the image at path `overlay`.
-
-    Relative names start from the overlay's directory.  Raises UnsupportedError for names that are not paths.
-    """
-    if re.match(r"[^/]*:", name):
-        protocol, _, rest = name.partition(":")
-        if protocol != "file":
-            raise UnsupportedError(
-                f"backing file {name!r} of {overlay} is not a local file: serve it with nbdkit or qemu-nbd, "
-                f"copy it to a raw file, and rebase onto that"
-            )
-        name = rest
-    return os.path.join(os.path.dirname(overlay), name)
+Opener = Callable[[str, bool, CacheMode], Storage]
 
 
 class RawSource:
-    """A raw file under an image: all of it is data."""
+    """A raw file under an image, or a part of one: all of it is data.
 
-    def __init__(self, storage: Storage) -> None:
+    Also an image in another format, whose guest's view is the storage.  `writable`: commit may write to the storage.
+    """
+
+    def __init__(self, storage: Storage, offset: int = 0, size: int | None = None, writable: bool = False) -> None:
         self.storage = storage
         self.backing: Source | None = None
-        self.size = storage.size()  # bytes
+        self.writable = writable
+        self._offset = offset  # bytes
+        there = storage.size() - offset
+        if offset < 0 or there < 0 or (size is not None and not 0 <= size <= there):
+            raise UnsupportedError(
+                f"{storage.name} has {storage.size()} bytes: the part at {offset} of {size} bytes is not in it"
+            )
+        self.size = there if size is None else size  # bytes
 
     def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
-        return FOUND, pos, length
+        return FOUND, self._offset + pos, length
+
+
+def open_foreign(
+    target: str, format: str, mode: CacheMode, identity: object, confined: str | None = None, name: str | None = None
+) -> Storage:
+    """The guest's view of an image in another format, through qemu-nbd: `target` names it to QEMU.
+
+    With `confined`, the path of that very file, QEMU opens nothing but this.  Raises StorageError, UnsupportedError.
+    """
+    from .storage.qemu_nbd import open_by_qemu
+
+    words = ["--cache=none"] if mode.direct else []
+    name = name or target
+    if confined is None:
+        return open_by_qemu(name, [*words, "-f", format, target], identity)
+    fd = _open_same(confined, identity)
+    driver = "file" if stat.S_ISREG(os.fstat(fd).st_mode) else "host_device"
+    opened = f'{{"driver":"{driver}","filename":"/proc/self/fd/{fd}"}}'
+    return open_by_qemu(name, [*words, f'json:{{"driver":"{format}","backing":null,"file":{opened}}}'], identity, fd)
+
+
+def _open_same(path: str, identity: object) -> int:
+    """A descriptor of the file at `path`, which must have this identity; the low ones are left for a child's use."""
+    try:
+        low = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            info = os.fstat(low)
+            if identity != (info.st_dev, info.st_ino):
+                raise UnsupportedError(f"{path} is being replaced")
+            return fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10)
+        finally:
+            os.close(low)
+    except OSError as error:
+        raise StorageError(f"cannot open {path}", error) from None
 
 
 class ChainOpener:
-    """Opens one image and its backing chain; `seen` holds the files of the chain so far."""
+    """Opens one image and its backing chain."""
 
     def __init__(
         self,
@@ -88,9 +91,10 @@ class ChainOpener:
         parts: Parts,
         clock: Callable[[], float],
         log: Callable[[str], None],
-        opener: Callable[[str, bool, CacheMode], Storage],
+        opener: Opener,
         follow: bool,
         write_below: Callable[[str, str], bool],
+        policy: BackingPolicy,
         in_flight: InFlight | None,
     ) -> None:
         self._mode = mode
@@ -100,64 +104,50 @@ class ChainOpener:
         self._log = log
         self._opener = opener
         self._follow = follow  # open the backing files, too
-        self._in_flight = in_flight
         self._write_below = write_below  # (name, path of a backing file) -> open it for writing
+        self._policy = policy
+        self._in_flight = in_flight  # of the top image
+        self._images: list[QEDImage] = []  # from the top
+        self._storages: list[Storage] = []  # all that is open
+        self._seen: dict[object, str] = {}  # identities -> paths
 
     def open(self, path: str, writable: bool) -> QEDImage:
         """Open every file of the chain before the first is changed; then start from the bottom up."""
-        images: list[QEDImage] = []
-        storages: list[Storage] = []
         backing: Source | None = None
-        seen: dict[object, str] = {}
         try:
-            while True:
-                storage = self._open_storage(path, writable, seen, images)
-                storages.append(storage)
-                if images and self._backing_format(images[-1], storage) == "raw":
-                    backing = RawSource(storage)
+            self._push_image(self._opened(self._opener(path, writable, self._mode), path), path, writable)
+            while self._follow and backing is None:
+                name = self._images[-1].backing_name
+                if not name:
                     break
-                images.append(self._open_image(storage, writable, None if images else self._in_flight))
-                name = images[-1].backing_name
-                if not name or not self._follow:
-                    break
-                path = resolve(name, path)
-                writable = self._write_below(name, path)
-            for image in reversed(images):
+                path, backing = self._open_below(name, path)
+            for image in reversed(self._images):
                 image.start(backing)
                 backing = image
-            return images[0]
+            return self._images[0]
         except BaseException:
-            for storage in storages:
+            for storage in self._storages:
                 storage.close()
             raise
 
-    def _open_storage(self, path: str, writable: bool, seen: dict[object, str], overlays: list[QEDImage]) -> Storage:
-        try:
-            storage = self._opener(path, writable, self._mode)
-        except StorageError as error:
-            if isinstance(error, LockedError):  # perhaps by ourselves, further up
-                self._refuse_loop(path, error.identity, seen)
-            if not overlays:
-                raise
-            name = overlays[-1].storage.name
-            raise StorageError(f"{name}: its backing file: {error}", code=error.errno) from None
-        try:
-            self._refuse_loop(path, storage.identity(), seen)
-        except UnsupportedError:
-            storage.close()
-            raise
-        seen[storage.identity()] = path
+    def _opened(self, storage: Storage, path: str) -> Storage:
+        """Enter a storage into the lists.  Raises UnsupportedError if it is in the chain already."""
+        self._storages.append(storage)
+        self._refuse_loop(path, storage.identity())
+        self._seen[storage.identity()] = path
         return storage
 
-    def _refuse_loop(self, path: str, identity: object, seen: dict[object, str]) -> None:
-        if identity in seen:
-            raise UnsupportedError(
-                f"backing files form a loop: {path} is {seen[identity]}, which is above it in the chain"
-            )
+    def _refuse_loop(self, path: str, identity: object) -> None:
+        above = self._seen.get(identity)
+        if above is not None:
+            raise UnsupportedError(f"backing files form a loop: {path} is {above}, which is above it in the chain")
 
-    def _open_image(self, storage: Storage, writable: bool, in_flight: InFlight | None) -> QEDImage:
+    def _push_image(self, storage: Storage, path: str, writable: bool) -> None:
+        """Put a QED image under those that are open."""
+        if writable:
+            storage = as_file(storage)
         try:
-            return QEDImage(
+            image = QEDImage(
                 storage,
                 writable,
                 writethrough=self._mode.writethrough,
@@ -165,23 +155,60 @@ class ChainOpener:
                 parts=self._parts,
                 clock=self._clock,
                 log=self._log,
-                in_flight=in_flight,
+                in_flight=None if self._images else self._in_flight,
             )
         except (ImageFormatError, UnsupportedError) as error:
             raise type(error)(f"{storage.name}: {error}") from None
+        self._images.append(image)
 
-    def _backing_format(self, overlay: QEDImage, storage: Storage) -> str:
+    def _open_below(self, name: str, overlay_path: str) -> tuple[str, Source | None]:
+        """Open the backing file called `name`: its path or URI, and the source it is unless it was a QED image."""
+        overlay = self._images[-1]
+        what = f"backing file {name!r} of {overlay.storage.name}"
+        where = parse_name(name, overlay_path)
+        self._policy.check_name(where, what)
+        path = where.path or where.uri or name
+        real = self._policy.admit(path, what) if where.path is not None else path
+        writable = where.path is not None and self._write_below(name, path)
+        no_probe = bool(overlay.header.features & FEATURE_NO_PROBE)
+        format = "raw" if no_probe else where.format
         try:
-            found = "raw" if overlay.header.features & FEATURE_NO_PROBE else probe(storage)
-            if found not in ("raw", "qed"):
-                raise UnsupportedError(
-                    f"{storage.name}, the backing file of {overlay.storage.name}, is a {found} image: "
-                    f"convert it to raw or QED (qemu-img convert -O raw) and rebase onto the result"
-                )
-            return found
-        except BaseException:
-            storage.close()
-            raise
+            if where.words is not None and format in FOREIGN_FORMATS:
+                return path, RawSource(self._opened(open_foreign(path, format, self._mode, path), path))
+            storage = self._opened(self._open_storage(where, real, writable), path)
+            self._policy.check_opened(real, storage, what)
+        except StorageError as error:
+            if isinstance(error, LockedError):  # perhaps by ourselves, further up
+                self._refuse_loop(path, error.identity)
+            raise StorageError(f"{overlay.storage.name}: its backing file: {error}", code=error.errno) from None
+        what = f"{storage.name}, the backing file of {overlay.storage.name}"
+        format = format or self._policy.choose_format(storage, what)
+        if format == "qed":
+            self._push_image(storage, path, writable)
+            return path, None
+        if format == "raw":
+            plain = where.path is not None and not where.offset and where.size is None
+            return path, RawSource(storage, where.offset, where.size, writable and plain)
+        if format not in FOREIGN_FORMATS:
+            raise UnsupportedError(f"{what}, is a {format} image, which is not supported")
+        self._policy.check_self_contained(storage, format, what)
+        identity = storage.identity()
+        self._storages.remove(storage)
+        storage.close()
+        confined = real if self._policy.confines(format) else None
+        foreign = open_foreign(os.path.abspath(path) if where.path else path, format, self._mode, identity, confined)
+        self._storages.append(foreign)
+        return path, RawSource(foreign)
+
+    def _open_storage(self, where: BackingName, path: str, writable: bool) -> Storage:
+        """The bytes of a backing file.  Raises StorageError and UnsupportedError."""
+        if where.uri is not None:
+            from .storage.nbd import open_uri
+
+            return open_uri(where.uri, False, trusted=False)
+        if where.words is not None:
+            return open_foreign(where.words, "raw", self._mode, path)
+        return self._opener(path, writable, self._mode)
 
 
 def open_image(
@@ -195,12 +222,13 @@ def open_image(
     fault: Callable[[str], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
     log: Callable[[str], None] = lambda line: None,
-    opener: Callable[[str, bool, CacheMode], Storage] = open_storage,
+    opener: Opener = open_storage,
     follow: bool = True,
     write_below: Callable[[str, str], bool] = lambda name, path: False,
+    policy: BackingPolicy = BackingPolicy(),
     in_flight: InFlight | None = None,
 ) -> QEDImage:
-    """Open the image at `path` and its backing chain.  Raises QEDError and its children.
+    """Open the image at `path`, which may be an NBD URI, and its backing chain.  Raises QEDError and its children.
 
     cache        a name in CACHE_MODES
     l2_cache     bytes, for each image of the chain
@@ -211,6 +239,7 @@ def open_image(
     opener       opens the storages
     follow       False: leave the backing file alone, to describe the image; such an image must not be read
     write_below  asked with the name (as its overlay has it) and the path of each backing file: open it writable?
+    policy       what backing files may be, and how their formats are found
     in_flight    shared with other openings of the image whose requests may run at the same time
     """
     if writable and not follow:
@@ -220,7 +249,9 @@ def open_image(
         from .instrument import instrumented
 
         parts = instrumented(trace, fault, trace_dialect)
-    chain = ChainOpener(cache_mode(cache), l2_cache, parts, clock, log, opener, follow, write_below, in_flight)
+    chain = ChainOpener(
+        cache_mode(cache), l2_cache, parts, clock, log, opener, follow, write_below, policy, in_flight
+    )
     return chain.open(os.fspath(path), writable)
 
 
@@ -229,24 +260,29 @@ def open_source(
     format: str | None = None,
     *,
     cache: str = "writeback",
-    opener: Callable[[str, bool, CacheMode], Storage] = open_storage,
+    opener: Opener = open_storage,
+    policy: BackingPolicy = BackingPolicy(),
 ) -> Source:
-    """Open a raw file or an image with its chain, read-only.  `format` is "raw", "qed" or None to probe.
+    """Open a raw file or an image with its chain, read-only.  `format` is "raw", "qed", another, or None to probe.
 
     close_source() closes it.  Raises QEDError and its children.
     """
-    storage = opener(os.fspath(path), False, cache_mode(cache))
+    path = os.fspath(path)
+    storage = opener(path, False, cache_mode(cache))
     try:
         found = format or probe(storage)
         if found == "raw":
             return RawSource(storage)
-        if found != "qed":
-            raise UnsupportedError(f"{path} is a {found} image: only raw and QED are read here")
+        if found not in ("qed", *FOREIGN_FORMATS):
+            raise UnsupportedError(f"{path} is a {found} image, which is not supported")
+        identity = storage.identity()
     except BaseException:
         storage.close()
         raise
     storage.close()
-    return open_image(path, writable=False, cache=cache, opener=opener)
+    if found == "qed":
+        return open_image(path, writable=False, cache=cache, opener=opener, policy=policy)
+    return RawSource(open_foreign(os.path.abspath(path), found, cache_mode(cache), identity))
 
 
 def close_source(source: Source | None) -> None:

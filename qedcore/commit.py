@@ -43,7 +43,7 @@ def commit(
     for layer in (image, base):
         if isinstance(layer, QEDImage) and layer.header.need_check:
             raise CorruptImageError(f"{layer.storage.name} is damaged: repair it first (check -r all)")
-    target = _RawTarget(base) if isinstance(base, RawSource) else base
+    target = _RawTarget(base) if isinstance(base, RawSource) and base.writable else base
     if not isinstance(target, (QEDImage, _RawTarget)):
         raise UnsupportedError(f"cannot commit into {base.storage.name}")
     try:

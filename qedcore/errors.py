@@ -62,3 +62,7 @@ class StorageError(QEDError):
             message = f"{message}: {os.strerror(code) if error.errno else error}"
         super().__init__(message)
         self.errno = code
+
+
+class UnreachableError(StorageError):
+    """The server that has the storage cannot be reached now.  Nothing is lost: later requests may work again."""

@@ -18,6 +18,7 @@ from .image import QEDImage
 from .request import Source
 from .storage import ReadBuffer, Storage, WriteBuffer
 from .storage.file import FileStorage
+from .storage.nbd import NbdStorage
 
 BUFFER = 1 * MiB  # bytes per read or write: system calls do not matter, and it stays in the processor's cache
 _ZEROS = bytes(BUFFER)
@@ -39,6 +40,8 @@ class Run(NamedTuple):
 
 def file_run(storage: Storage, pos: int, length: int) -> tuple[bool, int]:
     """(has data, bytes) of the run at pos of a plain file; a file system that cannot tell has data everywhere."""
+    if isinstance(storage, NbdStorage):
+        return storage.data_run(pos, length)
     if not isinstance(storage, FileStorage):
         return True, length
     try:
@@ -106,8 +109,9 @@ def block_status(image: EndPoint, pos: int, length: int) -> Run:
             return Run(length, depth - 1, False, True, False, None, None, short=True)
         length = min(length, size - pos)
         if isinstance(layer, (RawImage, RawSource)):
-            data, length = file_run(layer.storage, pos, length)
-            return Run(length, depth, True, not data, data, pos, layer.storage.name)
+            offset = pos if isinstance(layer, RawImage) else layer.lookup(pos, length)[1]
+            data, length = file_run(layer.storage, offset, length)
+            return Run(length, depth, True, not data, data, offset, layer.storage.name)
         kind, offset, length = layer.lookup(pos, length)
         if kind is FOUND:
             return Run(length, depth, True, False, True, offset, layer.storage.name)

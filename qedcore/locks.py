@@ -73,8 +73,9 @@ def ranked_lock(rank: Rank) -> Any:
     return RankedLock(rank) if CHECK else threading.Lock()
 
 
-def ranked_condition(rank: Rank) -> threading.Condition:
-    return threading.Condition(ranked_lock(rank))
+def ranked_condition(rank: Rank, lock: Any = None) -> threading.Condition:
+    """A condition with a lock of its own, or with `lock`, which has this rank."""
+    return threading.Condition(lock or ranked_lock(rank))
 
 
 class KeyedLocks:

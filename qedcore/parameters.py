@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable
 
+from .backing import BackingPolicy
 from .chain import open_image
 from .errors import RequestError
 from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, check_device_size, round_up
@@ -41,12 +42,14 @@ class Parameters:
     """
 
     OF_CREATE = ("size", "cluster_size", "table_size", "backing_file", "backing_fmt")
-    NAMES = ("file", "dir", "cache", "l2_cache", "lock", "affinity", "create", *OF_CREATE, "trace")
+    OF_BACKING = ("backing", "backing-dir", "backing-format")
+    NAMES = ("file", "dir", "cache", "l2_cache", "lock", *OF_BACKING, "affinity", "create", *OF_CREATE, "trace")
 
     def __init__(self, log: Callable[[str], None], trace_line: Callable[[str], None]) -> None:
         self.log = log
         self._trace_line = trace_line
         self._values: dict[str, str] = {}
+        self._policy = BackingPolicy()
         self.locking = Locking.AUTO
         self.new: NewImage | None = None  # what to create, after complete()
 
@@ -60,6 +63,8 @@ class Parameters:
             cache_mode(value)
         elif name in ("l2_cache", "size", "cluster_size", "table_size"):
             parse_size(value, name)
+        elif name in self.OF_BACKING:
+            self._policy = self._policy.configured(name, value)
         elif name == "lock":
             self.locking = locking(value)
         elif name == "trace":
@@ -149,6 +154,7 @@ class Parameters:
             trace_dialect=trace.dialect if trace else "7.2",
             log=self.log,
             opener=opener,
+            policy=self._policy,
             in_flight=in_flight,
         )
 

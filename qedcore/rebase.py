@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Callable
 
+from .backing import BackingPolicy
 from .chain import open_source
 from .cluster import FOUND, ZERO
 from .errors import RequestError
@@ -41,6 +42,7 @@ def open_base(
     *,
     cache: str = "writeback",
     opener: Callable[[str, bool, CacheMode], Storage] = open_storage,
+    policy: BackingPolicy = BackingPolicy(),
 ) -> Source:
     """Open the chain that `image`, which is open for writing, is to be put onto: open_source.
 
@@ -55,7 +57,7 @@ def open_base(
                 raise LoopError(name) from None
             raise
 
-    return open_source(path, format, cache=cache, opener=open_file)
+    return open_source(path, format, cache=cache, opener=open_file, policy=policy)
 
 
 def rebase(

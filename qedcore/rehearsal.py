@@ -17,6 +17,7 @@ class Rehearsal:
 
     def __init__(self, below: Storage) -> None:
         self.name = below.name
+        self.fixed_size = below.fixed_size
         self._below = below
         self._pages: dict[int, bytearray] = {}  # page number -> what was written
         self._size = self._kept = below.size()  # bytes; of the storage below, bytes that were never cut off

@@ -15,7 +15,8 @@ from .errors import QEDError
 from .image import QEDImage
 from .in_flight import InFlight
 from .locks import Rank, ranked_lock
-from .storage.file import CacheMode, FileStorage, open_storage
+from .storage import Storage
+from .storage.file import CacheMode, FileStorage, is_uri, open_file, open_storage
 from .storage.lock import Locking, Use
 
 
@@ -30,13 +31,15 @@ class Opener:
         self._locking = locking
         self._reader: FileStorage | None = None  # the image itself, opened read-only
 
-    def __call__(self, path: str, writable: bool, mode: CacheMode) -> FileStorage:
+    def __call__(self, path: str, writable: bool, mode: CacheMode) -> Storage:
+        if is_uri(path):
+            return open_storage(path, writable, mode)
         if not writable or self._reader is None:
-            storage = open_storage(path, writable, mode, locking=self._locking)
+            storage = open_file(path, writable, mode, locking=self._locking)
             self._reader = self._reader or storage
             return storage
         self._reader.lock(Use.WRITE, self._locking)
-        storage = open_storage(path, writable, mode, locking=Locking.OFF)
+        storage = open_file(path, writable, mode, locking=Locking.OFF)
         try:
             if not storage.share_lock(self._reader):  # the file was replaced
                 storage.lock(Use.WRITE, self._locking)

@@ -8,6 +8,7 @@ import sys
 from typing import Any, Callable
 
 from ..errors import ImageFormatError, RequestError, StorageError, UnsupportedError
+from ..fixed_size import as_file
 from ..header import Header, read_header
 from ..scan import Scan, ScanResult
 from ..storage import Storage
@@ -65,9 +66,8 @@ def run(args: argparse.Namespace) -> int:
     writable = args.repair is not None and not args.dry_run
     storage = open_file(where, writable, cache=args.source_cache, force_share=args.force_share)
     try:
-        if args.repair is None:
-            return _check(args, where, storage)
-        return _repair(args, where, storage)
+        run_on = _check if args.repair is None else _repair
+        return run_on(args, where, as_file(storage))
     except (ImageFormatError, UnsupportedError) as error:
         raise type(error)(f"Could not open '{where.name}': {open_reason(error, where.path)}") from None
     except StorageError as error:

@@ -15,13 +15,15 @@ import time
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from ..chain import open_image, probe, resolve
+from ..backing import BackingPolicy, json_options, probe
+from ..chain import open_image, resolve
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
 from ..formats import EndPoint, RawImage
 from ..header import read_header
 from ..image import QEDImage
 from ..sizes import parse_qemu_size
-from ..storage.file import CACHE_MODES, CacheMode, FileStorage, cache_mode, open_storage
+from ..storage.file import CACHE_MODES, CacheMode, FileStorage, cache_mode
+from ..storage.file import open_file as open_local
 from ..storage.lock import Locking
 
 # Under the name of the program that it stands in for, it also signs its messages as that one.
@@ -102,30 +104,6 @@ def _options_of(text: str) -> dict[str, str]:
     return options
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """{"file": {"filename": X}} as {"file.filename": X}."""
-    if not isinstance(tree, dict):
-        return {prefix: str(tree)}
-    return {
-        key: value
-        for name, part in tree.items()
-        for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()
-    }
-
-
-def _json(text: str) -> Any:
-    """JSON as QEMU takes it: strings may be in single quotes."""
-
-    import json  # here and below: most commands should not wait for them
-
-    def double_quoted(match: re.Match[str]) -> str:
-        if match[0][0] == '"':
-            return match[0]
-        return json.dumps(match[0][1:-1].replace("\\'", "'"))
-
-    return json.loads(re.sub(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", double_quoted, text))
-
-
 def locate(name: str, format: str | None = None, image_opts: bool = False) -> Location:
     """What `name` means: a path, file:PATH, json:{...}, or with image_opts driver=...,file.filename=...
 
@@ -137,7 +115,7 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
         options: dict[str, str] = _options_of(name)
     elif name.startswith("json:"):
         try:
-            options = _flat(_json(name[len("json:") :]))
+            options = json_options(name[len("json:") :])
         except ValueError as error:
             raise RequestError(f"Could not open '{name}': Could not parse the JSON options: {error}") from None
     elif re.match(r"[^/]*:", name):
@@ -218,6 +196,9 @@ def open_reason(error: QEDError, path: str = "") -> str:
     return text
 
 
+# What qemu-img does with the names in images.
+POLICY = BackingPolicy(follow="any", format="probe")
+
 _tracing: dict[str, Any] = {}  # options for chain.open_image
 
 
@@ -240,7 +221,7 @@ def open_qed(
         raise UnsupportedError(
             f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here"
         )
-    options = {"log": notice, **_tracing, **options}
+    options = {"log": notice, "policy": POLICY, **_tracing, **options}
     opened: list[str] = []
 
     def opener(path: str, writable: bool, mode: CacheMode) -> FileStorage:
@@ -248,7 +229,7 @@ def open_qed(
         opened.append(path)
         if writable:
             _written.append(path)
-        return open_storage(path, writable, mode, locking=locking, share=force_share)
+        return open_local(path, writable, mode, locking=locking, share=force_share)
 
     try:
         return open_image(where.path, writable, cache=cache or "writeback", opener=opener, **options)
@@ -280,7 +261,7 @@ def open_file(
     assert where.path is not None
     try:
         mode = cache_mode(cache or "writeback")
-        return open_storage(where.path, writable, mode, locking=where.locking, share=force_share)
+        return open_local(where.path, writable, mode, locking=where.locking, share=force_share)
     except StorageError as error:
         raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.path)}") from error
 
@@ -292,7 +273,7 @@ def interrupted() -> str:
     """What to say when the user has interrupted the command: also whether an image has to be checked now."""
     for path in _written:
         with suppress(QEDError):
-            storage = open_storage(path, writable=False)
+            storage = open_local(path, writable=False)
             try:
                 if read_header(storage)[0].need_check:
                     return f"interrupted; {path} is whole, and will be checked when it is next written to"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UnsupportedError
-from .common import find_qemu_img, run_signed
+from .common import POLICY, find_qemu_img, run_signed
 
 PLUGIN_VARIABLE = "QED_PLUGIN"  # environment: path of qed.py, instead of the one that came with this program
 URI = "\0uri"  # stands for the served image among the arguments of qemu-img
@@ -47,7 +47,7 @@ def serve(image: str, arguments: Sequence[str], what: str, *, writable: bool = F
     words = " ".join('"$uri"' if word == URI else shlex.quote(word) for word in [qemu_img, *arguments])
     command = [nbdkit, "-U", "-", *([] if writable else ["-r"]), "python", plugin, f"file={os.path.abspath(image)}"]
     command += [] if lock else ["lock=off"]
-    return run_signed([*command, "--run", words])
+    return run_signed([*command, f"backing={POLICY.follow}", f"backing-format={POLICY.format}", "--run", words])
 
 
 def option_words(**options: object) -> list[str]:

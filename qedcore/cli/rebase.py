@@ -9,9 +9,10 @@ from ..chain import close_source, resolve
 from ..errors import QEDError, RequestError, UnsupportedError
 from ..rebase import LoopError, change_name, open_base, rebase
 from ..request import Source
-from ..storage.file import open_storage
+from ..storage.file import open_file
 from ..storage.lock import LockedError
 from .common import (
+    POLICY,
     Location,
     Progress,
     add_shared,
@@ -67,7 +68,7 @@ def _rename(args: argparse.Namespace, where: Location) -> None:
     if args.backing and not args.backing_format:
         raise _cannot_change(args.backing, RequestError("backing format must be specified"))
     try:
-        opener = partial(open_storage, locking=where.locking)
+        opener = partial(open_file, locking=where.locking)
         change_name(where.path, args.backing or None, args.backing_format == "raw", opener=opener)
     except LockedError as error:
         raise RequestError(f"Could not open '{where.name}': {open_reason(error)}") from error
@@ -83,10 +84,12 @@ def _rebase(args: argparse.Namespace, where: Location) -> None:
                 if not args.backing_format:
                     raise _cannot_change(args.backing, RequestError("backing format must be specified"))
                 path = resolve(args.backing, where.path or "")
-                opener = partial(open_storage, share=args.force_share)
+                opener = partial(open_file, share=args.force_share)
                 cache = args.source_cache or "writeback"
                 try:
-                    new = open_base(image, path, args.backing_format, args.backing, cache=cache, opener=opener)
+                    new = open_base(
+                        image, path, args.backing_format, args.backing, cache=cache, opener=opener, policy=POLICY
+                    )
                 except LoopError:
                     raise
                 except QEDError as error:

@@ -10,7 +10,7 @@ from ..create import replacing
 from ..errors import RequestError
 from ..salvage import GOOD, LOST, Found, Range, Salvage
 from ..sizes import parse_size
-from ..storage.file import FileStorage, open_storage
+from ..storage.file import FileStorage, open_file
 from .common import Progress, add_output, add_shared
 
 HELP = "rescue what is left of an image that cannot be repaired"
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             ("image_size", args.size),
         )
     }
-    storage = open_storage(args.image, writable=False, share=args.force_share)
+    storage = open_file(args.image, writable=False, share=args.force_share)
     try:
         if os.path.exists(args.out) and os.path.samefile(args.image, args.out):
             raise RequestError(f"{args.out} is the image itself")

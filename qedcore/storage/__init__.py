@@ -21,6 +21,7 @@ class Storage(Protocol):
     """A file of bytes.  Every method raises StorageError with the operating system's errno."""
 
     name: str  # for messages
+    fixed_size: bool  # a device or an export: truncate() cannot change its size (see FixedSizeStorage)
 
     def size(self) -> int:
         """Length of the file, bytes."""
@@ -33,7 +34,7 @@ class Storage(Protocol):
     def pwritev(self, bufs: Sequence[ReadBuffer], offset: int) -> None: ...
 
     def truncate(self, size: int) -> None:
-        """Make the file `size` bytes long; bytes gained read as zeros."""
+        """Make the file `size` bytes long; bytes gained read as zeros.  ENOSPC where the size is fixed."""
         ...
 
     def punch(self, offset: int, length: int) -> bool:

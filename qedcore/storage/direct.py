@@ -4,7 +4,7 @@ O_DIRECT wants offset, length and memory aligned to the device's logical block. 
 bounce buffer; a write that does not cover whole blocks reads the rest of them first.
 
 I5. Two writes that share a block never overlap in time when one of them reads that block first: the later
-    waits.  `_busy` holds the block ranges being written; the condition protects it and is not held across I/O.
+    waits (BusyRanges).
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 from ..errors import StorageError
-from ..locks import Rank, ranked_condition
 from . import ReadBuffer, WriteBuffer
 from .file import CacheMode, FileStorage
+from .ranges import BusyRanges
 
 _BOUNCE_BYTES = 1 << 20  # per thread; larger requests take several rounds
 _LOGICAL_BLOCKS = (512, 4096)  # bytes: what devices ask for, smallest first
@@ -33,8 +32,7 @@ class DirectStorage(FileStorage):
     def __init__(self, path: str | os.PathLike[str], writable: bool, mode: CacheMode) -> None:
         super().__init__(path, writable, mode)
         self._local = threading.local()  # .bounce: this thread's buffer
-        self._cond = ranked_condition(Rank.STORAGE)
-        self._busy: list[tuple[int, int, bool]] = []  # (start, end, reads first), bytes
+        self._busy = BusyRanges()
         try:
             self.block = self._find_block()  # bytes
         except StorageError:
@@ -91,7 +89,7 @@ class DirectStorage(FileStorage):
         view, bounce, done = memoryview(buf), self._bounce(), 0
         try:
             for start, size, first, last in self._blocks(len(buf), offset):
-                with self._writing(start, start + size, first > 0 or last < size):
+                with self._busy.hold(start, start + size, first > 0 or last < size):
                     if first:
                         self._read_blocks(bounce[: self.block], start)
                     if last < size and (size > self.block or not first):
@@ -107,18 +105,3 @@ class DirectStorage(FileStorage):
 
     def prefetch(self, offset: int, length: int) -> None:
         """Nothing: reads go past the cache that this would fill."""
-
-    @contextmanager
-    def _writing(self, start: int, end: int, reads: bool) -> Iterator[None]:
-        """Wait until no write in [start, end) conflicts (I5), and hold the range."""
-        mine = (start, end, reads)
-        with self._cond:
-            while any(s < end and start < e and (reads or r) for s, e, r in self._busy):
-                self._cond.wait()
-            self._busy.append(mine)
-        try:
-            yield
-        finally:
-            with self._cond:
-                self._busy.remove(mine)
-                self._cond.notify_all()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from functools import cache
 from typing import Callable
 
 from ..errors import RequestError, StorageError
-from . import ReadBuffer, WriteBuffer
+from . import ReadBuffer, Storage, WriteBuffer
 from .flush import GroupCommit
 from .lock import FileLock, Locking, Use
 
@@ -93,7 +94,7 @@ class FileStorage:
             self.close()
             raise StorageError(f"cannot open {self.name}: not a file or block device", code=errno.EINVAL)
         self._lock: FileLock | None = None
-        self._regular = stat.S_ISREG(info.st_mode)
+        self.fixed_size = not stat.S_ISREG(info.st_mode)
         self._identity = (info.st_dev, info.st_ino)
         self._commit = GroupCommit(self._ignore_flush if mode.no_flush else self._sync)
 
@@ -181,7 +182,7 @@ class FileStorage:
         try:
             os.ftruncate(self.fd, size)
         except OSError as error:
-            if error.errno == errno.EINVAL and not self._regular:
+            if error.errno == errno.EINVAL and self.fixed_size:
                 raise StorageError(
                     f"cannot make {self.name} {size} bytes long: it is not a regular file", code=errno.ENOSPC
                 ) from None
@@ -223,7 +224,24 @@ class FileStorage:
         return StorageError(f"cannot {verb} {length} bytes at {offset:#x} of {self.name}", error)
 
 
-def open_storage(
+_NBD_URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
+
+
+def is_uri(name: str | os.PathLike[str]) -> bool:
+    """`name` is an NBD URI, not a path."""
+    return _NBD_URI.match(os.fspath(name)) is not None
+
+
+def open_storage(path: str | os.PathLike[str], writable: bool, mode: CacheMode = CacheMode()) -> Storage:
+    """The storage at `path`, or at an NBD URI: the default opener of images.  Raises as open_file."""
+    if is_uri(path):
+        from .nbd import open_uri
+
+        return open_uri(os.fspath(path), writable, no_flush=mode.no_flush)
+    return open_file(path, writable, mode)
+
+
+def open_file(
     path: str | os.PathLike[str],
     writable: bool,
     mode: CacheMode = CacheMode(),
@@ -231,7 +249,7 @@ def open_storage(
     locking: Locking = Locking.AUTO,
     share: bool = False,
 ) -> FileStorage:
-    """The storage at `path`, locked: the default opener of images.  Raises StorageError, LockedError if it is in use.
+    """The storage at `path`, locked.  Raises StorageError, LockedError if it is in use.
 
     `share`: read it whatever others do to it.
     """

@@ -11,27 +11,31 @@ from __future__ import annotations
 
 from typing import Callable
 
-from ..errors import StorageError
+from ..errors import StorageError, UnreachableError
 from ..locks import Rank, ranked_condition
 
 
 class GroupCommit:
-    """Wraps `sync`, which makes everything written before it started durable, or raises StorageError."""
+    """Wraps `sync`, which makes everything written before it started durable, or raises StorageError.
+
+    Any error but UnreachableError, which promises that nothing was lost, is kept for ever (I4 of the contract).
+    """
 
     def __init__(self, sync: Callable[[], None]) -> None:
         self._sync = sync
         self._cond = ranked_condition(Rank.FLUSH)  # protects everything below
         self._started = 0  # number of the newest sync
         self._completed = 0  # number of the newest sync that is over
+        self._durable = 0  # number of the newest sync that succeeded
         self._running = False
-        self._failure: StorageError | None = None  # the first failed sync; kept for ever (I4)
+        self._failure: StorageError | None = None  # the first failed sync, or the newest that may be tried again
 
     def flush(self) -> None:
         """Return once a sync that started after this call is over.  Raises StorageError."""
         cond = self._cond
         with cond:
             wanted = self._started + 1
-            while self._completed < wanted and self._failure is None:
+            while self._completed < wanted and not self._failed_for_ever():
                 if self._running:
                     cond.wait()
                     continue
@@ -50,7 +54,13 @@ class GroupCommit:
                     cond.acquire()
                     self._running = False
                     self._completed = self._started
-                    self._failure = self._failure or failure
+                    if failure is None:
+                        self._durable = self._started
+                    elif not self._failed_for_ever():
+                        self._failure = failure
                     cond.notify_all()
-            if self._failure is not None:
-                raise StorageError(str(self._failure), code=self._failure.errno)
+            if self._failure is not None and (self._durable < wanted or self._failed_for_ever()):
+                raise type(self._failure)(str(self._failure), code=self._failure.errno)
+
+    def _failed_for_ever(self) -> bool:
+        return self._failure is not None and not isinstance(self._failure, UnreachableError)

@@ -75,6 +75,7 @@ class RecordingStorage:
 
     def __init__(self, disk: Disk, name: str = "recorded") -> None:
         self.name = name
+        self.fixed_size = False
         self.start = disk.copy()
         self.disk = disk.copy()
         self.log: list[Op] = []

@@ -39,6 +39,11 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "l2_cache float": (["file=image.qed", "l2_cache=nan"], ("l2_cache", "nan")),
     "l2_cache huge": (["file=image.qed", "l2_cache=99999999999999999999E"], ("l2_cache",)),
     "affinity bogus": (["file=image.qed", "affinity=2"], ("affinity", "auto")),
+    "backing bogus": (["file=image.qed", "backing=all"], ("backing=all", "none", "files", "any")),
+    "backing twice": (["file=image.qed", "backing=any", "backing=any"], ("backing", "twice")),
+    "backing-format bogus": (["file=image.qed", "backing-format=luks"], ("backing-format=luks", "qcow2", "probe")),
+    "backing-dir empty": (["file=image.qed", "backing-dir="], ("backing-dir=",)),
+    "backing-dir absent": (["file=image.qed", "backing-dir=no-such"], ("backing-dir=no-such", "there is no")),
     "trace bogus": (["file=image.qed", "trace=bogus_event"], ("trace", "bogus_event")),
     "trace one of two": (["file=image.qed", "trace=qed_aio_setup,nope"], ("trace", "nope")),
     "trace empty": (["file=image.qed", "trace="], ("trace",)),
@@ -178,3 +183,24 @@ def test_parameter_order_does_not_matter(image: Callable[..., Built], serve: Ser
             assert_same(server.connect().pread(MiB, 0), built.read(0, MiB))
     finally:
         server.remove()
+
+
+def test_relative_backing_dir(tmp_path: Path, image: Callable[..., Built], serve: Serve) -> None:
+    """It starts where nbdkit was started, which changes its directory later."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "base").write_bytes(stamp(9, 0, MiB))
+    built = image(size=MiB, layout="-", backing="in/base", no_probe=True)
+    client = serve(built.path, cwd=tmp_path, daemon=True, **{"backing-dir": "in"}).connect()
+    assert_same(client.pread(MiB, 0), stamp(9, 0, MiB))
+    client.pwrite(b"x" * 512, 0)  # the chain is opened anew
+    client.shutdown()
+    with pytest.raises(StartError) as caught:
+        serve(built.path, cwd=tmp_path / "in", **{"backing-dir": "/usr"})
+    assert "backing-dir" in one_error_line(caught.value.log)
+
+
+def test_backing_none(tmp_path: Path, image: Callable[..., Built], serve: Serve) -> None:
+    (tmp_path / "base").write_bytes(stamp(9, 0, MiB))
+    with pytest.raises(StartError) as caught:
+        serve(image(size=MiB, layout="-", backing="base", no_probe=True).path, backing="none")
+    assert "backing=none" in one_error_line(caught.value.log)

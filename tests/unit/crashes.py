@@ -116,6 +116,8 @@ class World:
 class RecordedFile:
     """A Storage in a World."""
 
+    fixed_size = False
+
     def __init__(self, world: World, path: str, writable: bool) -> None:
         self.name = path
         self._world = world

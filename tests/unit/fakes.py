@@ -23,6 +23,7 @@ class MemoryStorage:
 
     def __init__(self, data: bytes = b"", name: str = "memory") -> None:
         self.name = name
+        self.fixed_size = False
         self.data = bytearray(data)
         self.closed = 0
 
@@ -79,6 +80,7 @@ class Tap:
     def __init__(self, inner: Storage, hook: Hook | None = None) -> None:
         self.inner = inner
         self.name = inner.name
+        self.fixed_size = inner.fixed_size
         self.hook = hook
         self.log: list[Call] = []  # changes only
         self.closed = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import F_NEED_CHECK, Built, QedFile
 
 import qedcore
-from qedcore.chain import probe, resolve
-from qedcore.errors import QEDError, StorageError, UnsupportedError
+from qedcore.backing import FOREIGN_FORMATS, BackingName, BackingPolicy, parse_name, probe, resolve
+from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
 from qedcore.storage import Storage
 from qedcore.storage.file import CacheMode, open_storage
 
@@ -27,6 +28,7 @@ CS = 64 * KiB
 MAGICS: dict[str, tuple[int, bytes, str]] = {
     "qed": (0, b"QED\0", "qed"),
     "qcow2": (0, b"QFI\xfb\0\0\0\3", "qcow2"),
+    "qcow": (0, b"QFI\xfb\0\0\0\1", "qcow"),
     "vmdk sparse": (0, b"KDMV", "vmdk"),
     "vmdk ESX": (0, b"COWD", "vmdk"),
     "vmdk descriptor": (0, b"# Disk DescriptorFile\n", "vmdk"),
@@ -88,6 +90,264 @@ def test_names_that_are_not_paths(name: str) -> None:
     assert "/a/top.qed" in str(caught.value) and "nbdkit" in str(caught.value)
 
 
+# What names mean.  Overlay: /a/top.qed
+PARSED: dict[str, BackingName] = {
+    "base": BackingName(path="/a/base"),
+    "file:b:c": BackingName(path="/a/b:c"),
+    "nbd://h/x": BackingName(uri="nbd://h/x"),
+    "nbds://h/x": BackingName(uri="nbds://h/x"),
+    "nbd+unix:///x?socket=/s": BackingName(uri="nbd+unix:///x?socket=/s"),
+    "nbd:host:10809": BackingName(uri="nbd://host:10809/"),
+    "nbd:[::1]:5:exportname=a b": BackingName(uri="nbd://[::1]:5/a%20b"),
+    "nbd:unix:/run/s:exportname=x?y": BackingName(uri="nbd+unix:///x%3Fy?socket=/run/s"),
+    "http://h/x": BackingName(words="http://h/x"),
+    "rbd:pool/x": BackingName(words="rbd:pool/x"),
+    'json:{"driver":"qcow2","file":{"driver":"file","filename":"/x/b"}}': BackingName(path="/x/b", format="qcow2"),
+    "json:{'driver':'qed','file.filename':'b:c'}": BackingName(path="/a/./b:c", format="qed"),
+    'json:{"driver":"file","filename":"/x"}': BackingName(path="/x", format="raw"),
+    'json:{"file":{"filename":"/x","locking":"off"},"node-name":"n"}': BackingName(path="/x"),
+    'json:{"driver":"raw","offset":512,"size":"1024","file.filename":"/x"}': BackingName(
+        path="/x", format="raw", offset=512, size=1024
+    ),
+    'json:{"driver":"nbd","host":"h","port":"5","export":"e"}': BackingName(uri="nbd://h:5/e", format="raw"),
+    'json:{"driver":"raw","file":{"driver":"nbd","server":{"type":"inet","host":"::1","port":"5"}}}': BackingName(
+        uri="nbd://[::1]:5/", format="raw"
+    ),
+    'json:{"driver":"nbd","server.type":"unix","server.path":"/s","export":"e"}': BackingName(
+        uri="nbd+unix:///e?socket=/s", format="raw"
+    ),
+}  # fmt: skip
+ONLY_QEMU: dict[str, str | None] = {
+    'json:{"driver":"nbd","host":"h","tls-creds":"t"}': "raw",
+    'json:{"driver":"qcow2","file":{"driver":"nbd","host":"h"}}': "qcow2",
+    'json:{"driver":"qcow2","backing":{"driver":"null-co"},"file.filename":"/x"}': "qcow2",
+    'json:{"file.driver":"https","file.url":"x"}': None,
+    'json:{"driver":"raw","offset":"x","file.filename":"/x"}': "raw",
+}
+NO_NAMES = (
+    "json:{",
+    'json:{"driver": "qed"}',
+    "json:{'driver':'qed','file.filename':'x','y':'z'}",
+    "json:" + "[" * 99999,
+)
+
+
+@pytest.mark.parametrize("name", PARSED)
+def test_names(name: str) -> None:
+    assert parse_name(name, "/a/top.qed") == PARSED[name]
+
+
+@pytest.mark.parametrize("name", ONLY_QEMU)
+def test_names_for_qemu(name: str) -> None:
+    assert parse_name(name, "/a/top.qed") == BackingName(words=name, format=ONLY_QEMU[name])
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=range(len(NO_NAMES)))
+def test_names_without_meaning(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="/a/top.qed"):
+        parse_name(name, "/a/top.qed")
+
+
+@pytest.mark.parametrize("name", ["base", "./base", "file:base"])
+def test_relative_names_on_a_server(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="relative"):
+        parse_name(name, "nbd://host/dir/x")
+    assert parse_name("/abs", "nbd://host/dir/x").path == "/abs"
+
+
+# What is allowed
+
+
+def test_backing_none(image: Image, tmp_path: Path) -> None:
+    """Refused, not served alone: that would read zeros where there is data."""
+    raw(tmp_path / "base.raw")
+    built = image(backing="base.raw", no_probe=True)
+    nothing = BackingPolicy(follow="none")
+    with pytest.raises(UnsupportedError, match="'base.raw'.*backing=none"):
+        qedcore.open_image(built.path, policy=nothing)
+    with qedcore.open_image(image("alone.qed").path, policy=nothing) as img:
+        assert img.backing is None
+
+
+def confined(path: Path) -> BackingPolicy:
+    return BackingPolicy().configured("backing-dir", str(path))
+
+
+# name in the image -> may it be opened when only `tmp_path/in` is allowed?
+INSIDE = {
+    "in/base": True,
+    "./in/../in/base": True,
+    "{tmp}/in/base": True,
+    "link-in": True,
+    "file:in/base": True,
+    'json:{{"driver":"raw","file":{{"filename":"{tmp}/in/base"}}}}': True,
+    "out/base": False,
+    "in/../out/base": False,
+    "{tmp}/out/base": False,
+    "/etc/passwd": False,
+    "in/link-out": False,
+    "in/dir-out/base": False,
+    "in2/base": False,
+    "in/up/out/base": False,
+    "nbd://localhost": False,
+    "nbd+unix:///?socket={tmp}/in/s": False,
+    "fat:{tmp}/in": False,
+    'json:{{"driver":"raw","file":{{"filename":"{tmp}/out/base"}}}}': False,
+}
+
+
+@pytest.mark.parametrize("follow", ["files", "any"])
+@pytest.mark.parametrize("name", INSIDE)
+def test_backing_dir(image: Image, tmp_path: Path, name: str, follow: str) -> None:
+    for directory in ("in", "out", "in2"):
+        (tmp_path / directory).mkdir()
+        raw(tmp_path / directory / "base")
+    (tmp_path / "link-in").symlink_to("in/base")
+    (tmp_path / "in" / "link-out").symlink_to("../out/base")
+    (tmp_path / "in" / "dir-out").symlink_to("../out")
+    (tmp_path / "in" / "up").symlink_to("..")
+    built = image(backing=name.format(tmp=tmp_path), no_probe=True)
+    opened: list[str] = []
+
+    def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
+        opened.append(path)
+        return open_storage(path, writable, mode)
+
+    policy = confined(tmp_path / "in").configured("backing", follow)
+    before = open_fds()
+    if INSIDE[name]:
+        with qedcore.open_image(built.path, policy=policy, opener=opener) as img:
+            assert_same(img.pread(CS, 0), stamp(9, 0, CS))
+        assert opened[1] == f"{tmp_path}/in/base"  # by its real path: no link that may change
+    else:
+        with pytest.raises(UnsupportedError, match="backing-dir"):
+            qedcore.open_image(built.path, policy=policy, opener=opener)
+        assert len(opened) == 1  # not even opened
+    assert open_fds() == before
+
+
+def test_backing_dir_confines_the_whole_chain(image: Image, tmp_path: Path) -> None:
+    """A guest may have disguised its raw disk as QED, naming any file."""
+    (tmp_path / "in").mkdir()
+    raw(tmp_path / "secret")
+    image("in/base", backing="../secret", no_probe=True)
+    built = image(backing="in/base")
+    with pytest.raises(UnsupportedError, match="'../secret' .*backing-dir"):
+        qedcore.open_image(built.path, policy=confined(tmp_path / "in"))
+
+
+def test_backing_dir_takes_several_and_files(image: Image, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    raw(tmp_path / "base.raw")
+    built = image(backing="base.raw", no_probe=True)
+    policy = BackingPolicy().configured("backing-dir", f"{tmp_path}/a:{tmp_path}/base.raw")
+    qedcore.open_image(built.path, policy=policy).close()
+    with pytest.raises(UnsupportedError):
+        qedcore.open_image(built.path, policy=confined(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("trick", ["directory", "file"])
+def test_file_that_is_exchanged_while_it_is_opened(image: Image, tmp_path: Path, trick: str) -> None:
+    """Between the look at the path and the open, somebody puts a link in its place, and takes it back."""
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    raw(tmp_path / "in" / "sub" / "base")
+    raw(tmp_path / "out" / "base")
+    built = image(backing="in/sub/base", no_probe=True)
+    place = tmp_path / "in" / "sub" if trick == "directory" else tmp_path / "in" / "sub" / "base"
+    target = tmp_path / "out" if trick == "directory" else tmp_path / "out" / "base"
+
+    def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
+        if path.endswith(".qed"):
+            return open_storage(path, writable, mode)
+        place.rename(tmp_path / "kept")
+        place.symlink_to(target)
+        try:
+            return open_storage(path, writable, mode)
+        finally:
+            place.unlink()
+            (tmp_path / "kept").rename(place)
+
+    before = open_fds()
+    with pytest.raises(UnsupportedError, match="being replaced"):
+        qedcore.open_image(built.path, policy=confined(tmp_path / "in"), opener=opener)
+    assert open_fds() == before
+
+
+def test_special_files_are_not_opened(image: Image, tmp_path: Path) -> None:
+    """Opening a device can have effects; whatever the operator allows."""
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "/dev/null", "."):
+        built = image(backing=name, no_probe=True)
+        opened: list[str] = []
+
+        def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
+            opened.append(path)  # noqa: B023
+            return open_storage(path, writable, mode)
+
+        for policy in (BackingPolicy(), BackingPolicy(follow="any"), confined(Path("/"))):
+            with pytest.raises(StorageError, match="not a file or block device"):
+                qedcore.open_image(built.path, policy=policy, opener=opener)
+        assert opened == [str(built.path)] * 3
+
+
+def test_block_devices_need_permission(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file stands for a device: making a real one takes root."""
+    base = raw(tmp_path / "base")
+    built = image(backing="base", no_probe=True)
+    monkeypatch.setattr("qedcore.backing.stat.S_ISBLK", lambda mode: mode == base.stat().st_mode)
+    with pytest.raises(UnsupportedError, match=f"block device: .*backing=any, or backing-dir={base}"):
+        qedcore.open_image(built.path)
+    for policy in (BackingPolicy(follow="any"), confined(base), confined(tmp_path)):
+        qedcore.open_image(built.path, policy=policy).close()
+
+
+@pytest.mark.parametrize("name", ["nbd://localhost", "nbd:localhost:1", "http://h/x", "nbd+unix:///?socket=/s"])
+def test_servers_need_permission(image: Image, name: str) -> None:
+    with pytest.raises(UnsupportedError, match="not a local file: .*backing=any"):
+        qedcore.open_image(image(backing=name).path)
+
+
+WRONG_PARAMETERS = [
+    ("backing", "follow"), ("backing", ""), ("backing-format", "luks"), ("backing-format", ""), ("backing-dir", ""),
+    ("backing-dir", ":"), ("backing-dir", "/no/such/directory"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_PARAMETERS)
+def test_wrong_parameters(name: str, value: str) -> None:
+    with pytest.raises(RequestError, match=f"{name}="):
+        BackingPolicy().configured(name, value)
+
+
+def test_part_of_a_raw_file(image: Image, tmp_path: Path) -> None:
+    base = raw(tmp_path / "base", 3 * CS).read_bytes()
+    options = {"driver": "raw", "offset": 1000, "size": CS + 5, "file": {"driver": "file", "filename": "base"}}
+    with qedcore.open_image(image(backing=f"json:{json.dumps(options)}").path, writable=False) as img:
+        assert_same(img.pread(2 * CS, 0), base[1000 : 1000 + CS + 5] + bytes(CS - 5))
+        assert_same(img.pread(100, 50), base[1050:1150])
+    del options["size"]
+    with qedcore.open_image(image(backing=f"json:{json.dumps(options)}").path, writable=False) as img:
+        assert_same(img.pread(3 * CS, 0), base[1000:] + bytes(1000))
+    for wrong in ({"offset": 3 * CS + 1}, {"offset": 0, "size": 3 * CS + 1}, {"offset": -1}, {"size": -1}):
+        built = image(backing=f"json:{json.dumps({**options, **wrong})}")
+        with pytest.raises(UnsupportedError, match=f"has {3 * CS} bytes"):
+            qedcore.open_image(built.path)
+
+
+def test_named_format_is_not_probed(image: Image, tmp_path: Path) -> None:
+    """json: says raw, whatever the first bytes say; and a name that says QED is believed, too."""
+    base = image("base", layout="D")
+    name = 'json:{"driver":"%s","file":{"driver":"file","filename":"base"}}'
+    with qedcore.open_image(image(backing=name % "raw").path, writable=False) as img:
+        assert_same(img.pread(CS, 0), base.path.read_bytes()[:CS])
+    with qedcore.open_image(image(backing=name % "qed").path, writable=False) as img:
+        assert_same(img.pread(CS, 0), stamp(1, 0, CS))
+    # NO_PROBE is stronger, as in QEMU, where it becomes the driver
+    with qedcore.open_image(image(backing=name % "qed", no_probe=True).path, writable=False) as img:
+        assert_same(img.pread(CS, 0), base.path.read_bytes()[:CS])
+
+
 # Backing formats
 
 
@@ -98,7 +358,7 @@ def raw(path: Path, size: int = MiB, start: bytes = b"") -> Path:
 
 @pytest.mark.parametrize("name", MAGICS)
 def test_probed_backing_file(image: Image, tmp_path: Path, name: str) -> None:
-    """Raw is served, other formats are refused with advice: read as raw, the guest would see their tables."""
+    """Raw is served; what looks like another format is refused, with the parameter that decides."""
     at, magic, want = MAGICS[name]
     if want == "qed":
         image("base", layout="D")
@@ -114,10 +374,14 @@ def test_probed_backing_file(image: Image, tmp_path: Path, name: str) -> None:
             assert_same(img.pread(CS, 0), expected[:CS])
         return
     before = open_fds()
-    with pytest.raises(UnsupportedError, match=f"{tmp_path}/base, .* is a {want} image: convert") as caught:
+    with pytest.raises(UnsupportedError, match=f"{tmp_path}/base, .* looks like a {want} image") as caught:
         qedcore.open_image(built.path)
     assert caught.value.errno == errno.ENOTSUP
+    assert "backing-format=raw if" in str(caught.value)
+    assert (f"backing-format={want} if" in str(caught.value)) == (want in FOREIGN_FORMATS)
     assert open_fds() == before
+    with qedcore.open_image(built.path, writable=False, policy=BackingPolicy(format="raw")) as img:
+        assert_same(img.pread(CS, 0), (tmp_path / "base").read_bytes()[:CS])
 
 
 @pytest.mark.parametrize("name", [name for name, row in MAGICS.items() if row[2] != "raw"])

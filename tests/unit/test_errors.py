@@ -17,6 +17,7 @@ CODES = {
     "ReadOnlyError": errno.EROFS,
     "ShutdownError": errno.ESHUTDOWN,
     "StorageError": errno.EIO,
+    "UnreachableError": errno.EIO,
 }
 
 

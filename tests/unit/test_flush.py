@@ -7,7 +7,7 @@ import errno
 import pytest
 from fakes import Gate, Job, Waits
 
-from qedcore.errors import StorageError
+from qedcore.errors import StorageError, UnreachableError
 from qedcore.storage.flush import GroupCommit
 
 
@@ -144,3 +144,18 @@ def test_unexpected_exception_is_nobodys_success() -> None:
     failed = [job for job in jobs[1:] if job.error is not None]
     assert isinstance(failed[0].error, (MemoryError, StorageError))
     assert len(failed) == 2 or sync.count == 3
+
+
+def test_unreachable_server_is_no_lost_write() -> None:
+    """Everybody who waited for that sync is told; the next one counts, until one fails for good."""
+    sync = Sync({1: UnreachableError("away"), 3: UnreachableError("away again"), 4: StorageError("broken")})
+    commit, waits, jobs = start(sync, 0)
+    sync.gate.open()
+    assert isinstance(failure(jobs[0]), UnreachableError)
+    sync.gate.open()
+    commit.flush()
+    for text in ("away again", "broken", "broken"):
+        sync.gate.open()
+        with pytest.raises(StorageError, match=text):
+            commit.flush()
+    assert sync.count == 4

@@ -21,14 +21,14 @@ LAYERS = (
     ("errors",),
     ("locks", "trace", "sizes", "thread_state", "affinity", "free", "in_flight"),
     ("geometry", "storage"),
-    ("storage.flush", "storage.lock"),
-    ("storage.file",),
-    ("storage.direct",),
-    ("header", "rehearsal"),
+    ("storage.flush", "storage.lock", "storage.ranges", "storage.nbd_link"),
+    ("storage.file", "storage.nbd"),
+    ("storage.direct", "storage.qemu_nbd"),
+    ("header", "rehearsal", "backing"),
     ("table", "create"),
     ("l2_cache", "past_end"),
     ("cluster", "alloc", "scan"),
-    ("claims",),
+    ("claims", "fixed_size"),
     ("request", "trial", "check"),
     ("image", "prefetch"),
     ("instrument", "compact"),  # instrument: traced children of all the classes below it
@@ -42,10 +42,10 @@ LAYERS = (
 EXACT = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
 
 # Upwards, but only when called: the opener knows the storages that build on it.
-LATE = {("storage.file", "storage.direct")}
+LATE = {("storage.file", "storage.direct"), ("storage.file", "storage.nbd")}
 
 # Used where installed, never needed.
-OPTIONAL = {"scan": {"numpy"}}
+OPTIONAL = {"scan": {"numpy"}, "storage.nbd_link": {"nbd"}}
 
 
 class Edge(NamedTuple):
@@ -163,5 +163,6 @@ def test_serving_loads_no_more_than_it_needs() -> None:
     modules = loaded("import qedcore.exports, qedcore.prefetch, qedcore.thread_state")
     assert "qedcore.request" in modules
     unwanted = {"qedcore.instrument", "qedcore.trace", "qedcore.cli", "qedcore.storage.direct"}
+    unwanted |= {"qedcore.storage.nbd", "qedcore.storage.qemu_nbd"}
     unwanted |= {"numpy", "nbd", "argparse", "json", "subprocess", "socket", "asyncio", "multiprocessing", "logging"}
     assert not modules & unwanted

@@ -22,7 +22,7 @@ from qedcore.exports import OneImage
 from qedcore.parameters import Parameters
 from qedcore.shared import Opener
 from qedcore.storage import lock
-from qedcore.storage.file import CacheMode, FileStorage, open_storage
+from qedcore.storage.file import CacheMode, FileStorage, open_file
 from qedcore.storage.lock import LockedError, Locking, Use, locking
 
 Image = Callable[..., Built]
@@ -67,7 +67,7 @@ def use(path: Path) -> Iterator[Callable[..., FileStorage]]:
 
     def make(how: Use, mode: CacheMode = CacheMode(), locking: Locking = Locking.AUTO) -> FileStorage:
         share = how is Use.SHARED
-        opened.append(open_storage(path, how is Use.WRITE, mode, locking=locking, share=share))
+        opened.append(open_file(path, how is Use.WRITE, mode, locking=locking, share=share))
         return opened[-1]
 
     yield make

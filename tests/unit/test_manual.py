@@ -34,7 +34,7 @@ def documented() -> dict[str, str]:
     found: dict[str, str] = {}
     items = re.split(r"^=item ", sections()["PARAMETERS"], flags=re.MULTILINE)[1:]
     for item in reversed(items):
-        match = re.match(r"B<(\w+)=([^>]*)>", item)
+        match = re.match(r"B<([\w-]+)=([^>]*)>", item)
         assert match, item
         found[match[1]] = item + found.get(match[1], "")
     return found
@@ -56,7 +56,7 @@ def test_all_cache_modes_are_documented() -> None:
 def test_readme_has_every_parameter() -> None:
     table = README.read_text().partition("## Parameters")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(Parameters.NAMES)
+    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row)} == set(Parameters.NAMES)
 
 
 def examples() -> list[str]:

@@ -530,7 +530,7 @@ def test_second_writer_waits(open_direct: Open, monkeypatch: pytest.MonkeyPatch,
     want[first * half : (first + n) * half] = b"1" * n * half
     want[second * half : (second + m) * half] = b"2" * m * half
     assert_same(content(storage), bytes(want))
-    assert storage._busy == []
+    assert storage._busy._busy == []
 
 
 def test_failed_write_lets_the_next_one_go(open_direct: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,6 +545,6 @@ def test_failed_write_lets_the_next_one_go(open_direct: Open, monkeypatch: pytes
             patch.setattr(os, name, fail)
             with pytest.raises(StorageError):
                 storage.pwrite(b"x", 5)
-        assert storage._busy == []
+        assert storage._busy._busy == []
     Job(storage.pwrite, b"y", 6).result()
     assert content(storage)[:8] == b"\0\0\0\0\0\0y\0"

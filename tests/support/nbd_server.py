@@ -1,0 +1,165 @@
+"""An NBD server in this process, which crashes, stalls and fails when a test says so.
+
+Writes are in `now`; a flush makes them `durable`, and a crash loses what is not.  Its hook is asked before each
+request is carried out, in the thread of the connection, and says what to do.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+READ, WRITE, DISC, FLUSH, ZERO = 0, 1, 2, 3, 6
+_REQUEST = struct.Struct(">IHHQQI")
+
+
+class Request(NamedTuple):
+    kind: int
+    offset: int  # bytes
+    length: int  # bytes
+    data: bytes = b""
+
+
+class Crash(Exception):
+    """Raised by the hook: the server is gone, before it has done anything about the request."""
+
+
+class CrashAfter(Exception):
+    """Raised by the hook: the server is gone when it has carried out the request, but not answered."""
+
+
+class Fail(Exception):
+    """Raised by the hook with an errno: the answer."""
+
+
+class FakeServer:
+    """Listens at `path` from start() on.  start() after a crash brings it back, with what was durable."""
+
+    def __init__(self, path: Path, content: bytes, hook: Callable[[Request], object] = lambda request: None) -> None:
+        self.path = path
+        self.hook = hook
+        self.durable = bytes(content)
+        self.now = bytearray(content)
+        self.block = 1  # bytes: the unit of requests
+        self.connections = 0
+        self.log: list[Request] = []
+        self._lock = threading.Lock()
+        self._listener: socket.socket | None = None
+        self._open: list[socket.socket] = []
+
+    @property
+    def uri(self) -> str:
+        return f"nbd+unix:///?socket={self.path}"
+
+    def start(self) -> FakeServer:
+        with self._lock:
+            self.now = bytearray(self.durable)
+            self.path.unlink(missing_ok=True)
+            listener = self._listener = socket.socket(socket.AF_UNIX)
+            listener.bind(str(self.path))
+            listener.listen(8)
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        return self
+
+    def crash(self) -> None:
+        with self._lock:
+            self.path.unlink(missing_ok=True)
+            for broken in [self._listener, *self._open]:
+                if broken is not None:
+                    with suppress(OSError):  # the client may have left
+                        broken.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
+            self._listener = None
+            self._open.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                listener.close()
+                return
+            with self._lock:
+                if listener is not self._listener:  # it has crashed meanwhile
+                    connection.close()
+                    continue
+                self._open.append(connection)
+                self.connections += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            with connection, connection.makefile("rb") as stream:
+                self._handshake(connection, stream.read)
+                lock = threading.Lock()  # one answer at a time
+                while True:
+                    _, _, kind, handle, offset, length = _REQUEST.unpack(stream.read(_REQUEST.size))
+                    if kind == DISC:
+                        return
+                    request = Request(kind, offset, length, stream.read(length) if kind == WRITE else b"")
+                    answer = (connection, lock, handle, request)
+                    threading.Thread(target=self._answer, args=answer, daemon=True).start()
+        except (OSError, struct.error, ValueError):
+            pass
+        finally:
+            with self._lock:
+                if connection in self._open:
+                    self._open.remove(connection)
+
+    def _handshake(self, connection: socket.socket, read: Callable[[int], bytes]) -> None:
+        connection.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
+        read(4)
+        while True:
+            _, option, length = struct.unpack(">8sII", read(16))
+            read(length)
+
+            def reply(kind: int, data: bytes = b"") -> None:
+                head = struct.pack(">QIII", 0x3E889045565A9, option, kind, len(data))  # noqa: B023
+                connection.sendall(head + data)
+
+            if option == 7:  # GO
+                reply(3, struct.pack(">HQH", 0, len(self.now), 1 | 4 | 8 | 64))  # flush, FUA, zeroes
+                reply(3, struct.pack(">HIII", 3, self.block, 4096, 32 << 20))
+                reply(1)
+                return
+            reply(0x80000001)  # not supported
+
+    def _answer(self, connection: socket.socket, lock: threading.Lock, handle: int, request: Request) -> None:
+        code, data, after = 0, b"", False
+        try:
+            self.hook(request)
+        except Fail as error:
+            code = error.args[0]
+        except Crash:
+            self.crash()
+            return
+        except CrashAfter:
+            after = True
+        with self._lock:
+            if connection not in self._open:
+                return  # it has crashed meanwhile
+            if not code:
+                self.log.append(request)
+                data = self._carry_out(request)
+        if after:
+            self.crash()
+            return
+        with lock:
+            try:
+                connection.sendall(struct.pack(">IIQ", 0x67446698, code, handle) + data)
+            except OSError:
+                pass
+
+    def _carry_out(self, request: Request) -> bytes:
+        end = request.offset + request.length
+        if request.kind == READ:
+            return bytes(self.now[request.offset : end])
+        if request.kind == FLUSH:
+            self.durable = bytes(self.now)
+        else:
+            self.now[request.offset : end] = request.data or bytes(request.length)
+        return b""

@@ -1,0 +1,481 @@
+"""NbdStorage against a server that crashes, stalls and fails on demand: no acknowledged flush is ever lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import Gate, Job, open_fds
+from support.nbd_server import FLUSH, READ, WRITE, ZERO, Crash, CrashAfter, Fail, FakeServer, Request
+from support.patterns import KiB, MiB, assert_same, stamp
+from support.server import import_nbd, wait_for
+
+from qedcore.errors import StorageError, UnreachableError
+from qedcore.storage import nbd as nbd_module
+from qedcore.storage.nbd import NbdStorage, UriPeer
+from qedcore.storage.nbd_link import Link
+
+SIZE = 1 * MiB
+
+
+class Clock:
+    """Time that only passes when somebody waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.on_pause: Callable[[], None] = lambda: None
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pause(self, seconds: float) -> None:
+        self.now += seconds
+        self.on_pause()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FakeServer]:
+    import_nbd()
+    fake = FakeServer(tmp_path / "s", stamp(1, 0, SIZE)).start()
+    yield fake
+    fake.crash()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def storage(server: FakeServer, clock: Clock) -> Iterator[NbdStorage]:
+    opened = connect(server, clock)
+    yield opened
+    opened.close()
+
+
+def connect(server: FakeServer, clock: Clock, **options: Any) -> NbdStorage:
+    peer = UriPeer(server.uri, trusted=True)
+    return NbdStorage(server.uri, peer, True, patience=30.0, clock=clock, pause=clock.pause, **options)
+
+
+def read(storage: NbdStorage, offset: int, length: int) -> bytes:
+    buf = bytearray(b"?" * length)
+    storage.pread_into(buf, offset)
+    return bytes(buf)
+
+
+def test_contract(storage: NbdStorage, server: FakeServer) -> None:
+    assert storage.size() == SIZE
+    assert_same(read(storage, 100, 1000), stamp(1, 100, 1000))
+    assert read(storage, SIZE - 8, 16) == stamp(1, SIZE - 8, 8) + bytes(8)
+    assert read(storage, SIZE + 8, 16) == bytes(16)
+    storage.pwritev([b"abc", bytearray(b"de")], 1)
+    assert read(storage, 0, 7) == stamp(1, 0, 1) + b"abcde" + stamp(1, 6, 1)
+    assert storage.punch(10, 1000)
+    assert read(storage, 9, 1002) == stamp(1, 9, 1) + bytes(1000) + stamp(1, 1010, 1)
+    assert [r.kind for r in server.log[-2:]] == [ZERO, READ]
+    storage.flush()
+    assert server.durable == bytes(server.now)
+    for offset, data in ((SIZE, b"x"), (SIZE - 1, b"xy")):
+        with pytest.raises(StorageError) as caught:
+            storage.pwrite(data, offset)
+        assert caught.value.errno == errno.ENOSPC
+
+
+def test_requests_are_in_flight_together(server: FakeServer, storage: NbdStorage) -> None:
+    """Sixteen threads, answered last come first served; then one is answered while the others wait."""
+    arrived = threading.Barrier(16)
+    turn = {i: threading.Event() for i in range(17)}
+    turn[16].set()
+
+    def hook(request: Request) -> None:
+        i = request.offset // KiB
+        arrived.wait(20)
+        assert turn[i + 1].wait(20)
+        turn[i].set()
+
+    server.hook = hook
+    jobs = [Job(read, storage, i * KiB, KiB) for i in range(16)]
+    for i, job in enumerate(jobs):
+        assert_same(job.result(), stamp(1, i * KiB, KiB))
+
+
+def test_the_one_who_polls_leaves_first(server: FakeServer, storage: NbdStorage) -> None:
+    """Somebody else takes over, and gets his answer."""
+    gates = {0: Gate(), KiB: Gate(), 2 * KiB: Gate()}
+    server.hook = lambda request: gates[request.offset].stop()
+    jobs = {}
+    for offset, gate in gates.items():
+        jobs[offset] = Job(read, storage, offset, 10)
+        gate.reached()
+    for offset in (0, 2 * KiB, KiB):
+        gates[offset].open()
+        assert_same(jobs[offset].result(), stamp(1, offset, 10))
+
+
+def test_writes_that_share_a_block(server: FakeServer, clock: Clock) -> None:
+    """The first has read the block and is about to write it when the second comes, which waits; a third does not."""
+    server.block = 4096
+    storage = connect(server, clock)
+    gate = Gate()
+    server.hook = lambda request: gate.stop() if request.kind == WRITE else None
+    jobs = [Job(storage.pwrite, b"one", 0)]
+    gate.reached()
+    jobs.append(Job(storage.pwrite, b"two", 100))
+    gate.avoided()
+    jobs.append(Job(storage.pwrite, b"three", 4096))
+    gate.reached()
+    gate.open(3)
+    for job in jobs:
+        job.result()
+    want = bytearray(stamp(1, 0, 8192))
+    want[:3], want[100:103], want[4096:4101] = b"one", b"two", b"three"
+    assert_same(read(storage, 0, 8192), bytes(want))
+    assert all(r.offset % 4096 == r.length % 4096 == 0 for r in server.log)
+    storage.close()
+
+
+def test_connection_found_broken_while_another_thread_is_about_to_poll(
+    server: FakeServer, storage: NbdStorage, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libnbd closes the socket, and the next connection has its number: nobody may wait for that one."""
+    gate = Gate()
+    poll, first = Link._poll, threading.Lock()
+
+    def stopped(link: Link, wanted: tuple[int, int], seconds: float | None) -> int:
+        if seconds is None and first.acquire(blocking=False):
+            gate.stop()
+        return poll(link, wanted, seconds)
+
+    monkeypatch.setattr(Link, "_poll", stopped)
+    server.hook = lambda request: gate.stop() if request.offset == 0 else None
+    waiting = Job(read, storage, 0, 10)
+    gate.reached(2)  # the thread before its poll, and the server with the request
+    server.hook = lambda request: None
+    server.crash()
+    clock.on_pause = lambda: server.start() and None
+    assert_same(read(storage, KiB, 10), stamp(1, KiB, 10))
+    gate.open(2)
+    assert_same(waiting.result(), stamp(1, 0, 10))
+
+
+def test_large_request_while_another_waits(tmp_path: Path, clock: Clock) -> None:
+    """More than the socket takes at once: the thread that polls must send the rest."""
+    import_nbd()
+    server = FakeServer(tmp_path / "s", bytes(64 * MiB)).start()
+    storage = connect(server, clock)
+    gate = Gate()
+    server.hook = lambda request: gate.stop() if request.kind == READ else None
+    waiting = Job(read, storage, 0, 10)
+    gate.reached()
+    data = random.Random(5).randbytes(40 * MiB)
+    storage.pwrite(data, 1 * MiB)
+    gate.open()
+    waiting.result()
+    assert server.now[MiB : 41 * MiB] == data
+    assert [r.length for r in server.log if r.kind == WRITE] == [32 * MiB, 8 * MiB]
+    storage.close()
+    server.crash()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EPERM])
+def test_errors_of_the_server(server: FakeServer, storage: NbdStorage, code: int) -> None:
+    """One request fails with its errno; the connection and the others are as before."""
+    broken = True
+
+    def hook(request: Request) -> None:
+        if broken:
+            raise Fail(code)
+
+    server.hook = hook
+    for work in (lambda: read(storage, 0, 10), lambda: storage.pwrite(b"x", 0), lambda: storage.punch(0, 10)):
+        with pytest.raises(StorageError) as caught:
+            work()
+        assert caught.value.errno == code
+        assert not isinstance(caught.value, UnreachableError)
+    broken = False
+    storage.pwrite(b"y", 3)
+    assert read(storage, 0, 5) == stamp(1, 0, 3) + b"y" + stamp(1, 4, 1)
+    storage.flush()
+    assert server.connections == 1
+
+
+def test_failed_flush_is_never_forgotten(server: FakeServer, storage: NbdStorage) -> None:
+    failing = [FLUSH]
+
+    def hook(request: Request) -> None:
+        if failing and request.kind == failing[0]:
+            failing.clear()
+            raise Fail(errno.EIO)
+
+    server.hook = hook
+    storage.pwrite(b"x", 0)
+    for _ in range(2):
+        with pytest.raises(StorageError, match="cannot flush"):
+            storage.flush()
+
+
+def script(storage: NbdStorage, rng: random.Random, model: bytearray, durable: list[bytes]) -> None:
+    """Writes, zeros, reads and flushes; `model` and `durable` are kept as promised."""
+    for _ in range(12):
+        kind = rng.choice(["write", "write", "zero", "read", "flush"])
+        length = rng.randrange(1, 3000)
+        offset = rng.randrange(0, 8 * KiB - length)
+        if kind == "write":
+            data = rng.randbytes(length)
+            storage.pwrite(data, offset)
+            model[offset : offset + length] = data
+        elif kind == "zero":
+            assert storage.punch(offset, length)
+            model[offset : offset + length] = bytes(length)
+        elif kind == "read":
+            assert_same(read(storage, offset, length), bytes(model[offset : offset + length]))
+        else:
+            storage.flush()
+            durable[0] = bytes(model)
+
+
+@pytest.mark.parametrize("how", [Crash, CrashAfter])
+@pytest.mark.parametrize("times", [1, 2])
+def test_crash_at_every_request(tmp_path: Path, seed: str, how: type[Exception], times: int) -> None:
+    """The server loses what was not flushed and comes back: the client never notices, and no flush lies."""
+    import_nbd()
+    crashes = 0
+    for n in range(1, 40):
+        rng = random.Random(seed)
+        server = FakeServer(tmp_path / "s", bytes(8 * KiB))
+        clock = Clock()
+        count = 0
+        left = times
+
+        def hook(request: Request) -> None:
+            nonlocal count, left, crashes
+            count += 1
+            if count >= n and left:  # noqa: B023
+                left -= 1
+                crashes += 1
+                raise how
+
+        server.hook = hook
+        server.start()
+        clock.on_pause = lambda: None if server.path.exists() else server.start() and None  # noqa: B023
+        storage = connect(server, clock)
+        model, durable = bytearray(8 * KiB), [bytes(8 * KiB)]
+        script(storage, rng, model, durable)
+        assert_same(read(storage, 0, 8 * KiB), bytes(model))
+        storage.flush()
+        assert_same(server.durable, bytes(model))
+        assert not storage._kept
+        storage.close()
+        server.crash()
+        if count < n:
+            break
+    assert crashes > 8
+
+
+@pytest.mark.parametrize("n", range(4))
+def test_crashes_under_many_threads(
+    server: FakeServer, clock: Clock, seed: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight writers, each with its own range; the server crashes again and again, before and after requests."""
+    monkeypatch.setattr(nbd_module, "_LOSSES", 1000)
+    rng = random.Random(seed)
+    crashes = iter([rng.randrange(5, 60) for _ in range(12)])
+    lock = threading.Lock()
+    left = next(crashes)
+
+    def hook(request: Request) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            if left == 0:
+                left = next(crashes, -1)
+                raise (Crash, CrashAfter)[left % 2]
+
+    def come_back() -> None:
+        if not server.path.exists():
+            server.start()
+
+    server.hook = hook
+    clock.on_pause = come_back
+    storage = connect(server, clock)
+    model = bytearray(stamp(1, 0, SIZE))
+
+    def write(thread: int) -> None:
+        mine = random.Random(f"{seed}{thread}")
+        for _ in range(40):
+            offset, length = thread * 64 * KiB + mine.randrange(60 * KiB), mine.randrange(1, 4000)
+            data = mine.randbytes(length)
+            storage.pwrite(data, offset)
+            model[offset : offset + length] = data
+            if mine.random() < 0.2:
+                storage.flush()
+            if mine.random() < 0.3:
+                assert_same(read(storage, offset, length), data, offset)
+
+    for job in [Job(write, thread) for thread in range(8)]:
+        job.result()
+    storage.flush()
+    assert_same(server.durable, bytes(model))
+    assert next(crashes, None) is None and not storage._kept and not storage._kept_bytes
+    storage.close()
+
+
+def test_flushed_data_is_not_sent_again(server: FakeServer, storage: NbdStorage, clock: Clock) -> None:
+    """Another client may have changed it since; what came after the flush is sent, once and first."""
+    storage.pwrite(b"old", 0)
+    storage.flush()
+    storage.pwrite(b"new", 10)
+    server.crash()
+    server.log.clear()
+    clock.on_pause = lambda: server.start() and None
+    assert read(storage, 10, 3) == b"new"
+    assert [(r.kind, r.offset) for r in server.log] == [(WRITE, 10), (READ, 10)]
+
+
+def test_write_during_a_flush_is_kept(server: FakeServer, storage: NbdStorage, clock: Clock) -> None:
+    """It was not covered by the flush, which was on its way already."""
+    gate = Gate()
+    server.hook = lambda request: gate.stop() if request.kind == FLUSH else None
+    storage.pwrite(b"one", 0)
+    flush = Job(storage.flush)
+    gate.reached()
+    storage.pwrite(b"two", 3)
+    gate.open()
+    flush.result()
+    server.durable = b"one" + stamp(1, 3, SIZE - 3)  # what it had to make durable, and no more
+    server.hook = lambda request: None
+    server.crash()
+    clock.on_pause = lambda: server.start() and None
+    assert read(storage, 0, 6) == b"onetwo"
+
+
+def test_server_that_stays_away(server: FakeServer, storage: NbdStorage, clock: Clock) -> None:
+    """Requests fail after a while, later ones at once; when it is back, nothing is missing and flushes work."""
+    storage.pwrite(b"kept", 0)
+    server.crash()
+    with pytest.raises(UnreachableError, match="cannot reach nbd\\+unix.*: .*No such file") as caught:
+        storage.pwrite(b"lost?", 10)
+    assert caught.value.errno == errno.EIO
+    assert 30 <= clock.now < 31
+    for work in (storage.flush, lambda: read(storage, 0, 4), storage.flush):
+        with pytest.raises(UnreachableError):
+            work()
+    assert clock.now < 31
+    server.start()
+    storage.flush()
+    assert server.durable[:4] == b"kept"
+    assert read(storage, 0, 4) == b"kept"
+    server.crash()  # patience as before
+    before = clock.now
+    with pytest.raises(UnreachableError):
+        storage.flush()
+    assert clock.now - before >= 30
+
+
+def test_many_wait_for_one_attempt(server: FakeServer, storage: NbdStorage, clock: Clock) -> None:
+    server.crash()
+    waiting = threading.Semaphore(0)
+    clock.on_pause = lambda: waiting.acquire(timeout=5) and server.start() and None
+    before = server.connections
+    jobs = [Job(read, storage, i * KiB, 10) for i in range(8)]
+    waiting.release()
+    for i, job in enumerate(jobs):
+        assert_same(job.result(), stamp(1, i * KiB, 10))
+    assert server.connections == before + 1
+
+
+def test_request_that_kills_the_server(server: FakeServer, storage: NbdStorage, clock: Clock) -> None:
+    """It fails in the end, and others work."""
+
+    def hook(request: Request) -> None:
+        if request.kind == READ and request.offset == 666:
+            raise Crash
+
+    server.hook = hook
+    clock.on_pause = lambda: None if server.path.exists() else server.start() and None
+    with pytest.raises(UnreachableError, match="5 times"):
+        read(storage, 666, 1)
+    assert_same(read(storage, 0, 10), stamp(1, 0, 10))
+
+
+def test_another_export_in_its_place(server: FakeServer, storage: NbdStorage, clock: Clock) -> None:
+    """Nothing is written into what cannot be the same image."""
+    storage.pwrite(b"kept", 0)
+    server.crash()
+    server.durable = bytes(2 * SIZE)
+    server.start()
+    with pytest.raises(UnreachableError, match="another export"):
+        storage.flush()
+    assert server.now == bytes(2 * SIZE)
+
+
+def test_replay_that_fails(server: FakeServer, storage: NbdStorage, clock: Clock) -> None:
+    """No flush succeeds until what may have been lost is there again."""
+    storage.pwrite(b"kept", 0)
+    server.crash()
+    broken = True
+
+    def hook(request: Request) -> None:
+        if broken and request.kind == WRITE:
+            raise Fail(errno.ENOSPC)
+
+    server.hook = hook
+    server.start()
+    with pytest.raises(UnreachableError, match="No space"):
+        storage.flush()
+    broken = False
+    storage.flush()
+    assert server.durable[:4] == b"kept"
+
+
+def test_much_is_flushed_by_itself(
+    server: FakeServer, storage: NbdStorage, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr(nbd_module, "KEPT_BYTES", 10 * KiB)
+    for i in range(40):
+        storage.pwrite(bytes([i]) * KiB, i * KiB)
+        assert storage._kept_bytes < 12 * KiB
+    assert 3 <= sum(r.kind == FLUSH for r in server.log) <= 5
+
+
+def test_unsafe_cache_keeps_nothing(server: FakeServer, clock: Clock) -> None:
+    storage = connect(server, clock, no_flush=True)
+    storage.pwrite(b"x", 0)
+    storage.flush()
+    assert not storage._kept and FLUSH not in [r.kind for r in server.log]
+    storage.close()
+
+
+def test_nothing_is_left_open(server: FakeServer, clock: Clock) -> None:
+    before = open_fds()
+    for _ in range(3):
+        storage = connect(server, clock)
+        server.crash()
+        server.start()
+        read(storage, 0, 1)
+        storage.close()
+        storage.close()
+        with pytest.raises(StorageError, match="closed"):
+            read(storage, 0, 1)
+    server.crash()
+    with pytest.raises(StorageError, match="cannot open"):
+        connect(server, clock)
+    wait_for(lambda: open_fds() <= before, "descriptors are closed")
+
+
+def test_fork(server: FakeServer, storage: NbdStorage) -> None:
+    """nbdkit goes to the background with the storage open: the child has it, and the parent leaves."""
+    assert_same(read(storage, 0, 10), stamp(1, 0, 10))
+    pid = os.fork()
+    if pid == 0:
+        ok = read(storage, 100, 10) == stamp(1, 100, 10)
+        os._exit(0 if ok else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert server.connections == 1
