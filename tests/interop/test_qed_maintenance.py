@@ -418,6 +418,7 @@ def test_interrupt(tmp_path: Path) -> None:
         "    if not left[0]: os.kill(os.getpid(), signal.SIGINT)\n"
         "    sync(fd)\n"
         "os.fdatasync = fdatasync\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a job in the background\n"
         "from qedcore.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(

@@ -190,10 +190,12 @@ def test_relative_backing_dir(tmp_path: Path, image: Callable[..., Built], serve
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "base").write_bytes(stamp(9, 0, MiB))
     built = image(size=MiB, layout="-", backing="in/base", no_probe=True)
-    client = serve(built.path, cwd=tmp_path, daemon=True, **{"backing-dir": "in"}).connect()
+    server = serve(built.path, cwd=tmp_path, daemon=True, **{"backing-dir": "in"})
+    client = server.connect()
     assert_same(client.pread(MiB, 0), stamp(9, 0, MiB))
     client.pwrite(b"x" * 512, 0)  # the chain is opened anew
     client.shutdown()
+    server.stop()
     with pytest.raises(StartError) as caught:
         serve(built.path, cwd=tmp_path / "in", **{"backing-dir": "/usr"})
     assert "backing-dir" in one_error_line(caught.value.log)
