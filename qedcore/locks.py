@@ -90,44 +90,40 @@ class KeyedLocks:
         """`with locks.hold(key):` holds the lock of the key."""
         return _Held(self, key)
 
-    def acquire(self, key: int) -> None:
-        with self._guard:
-            entry = self._locks.get(key)
-            if entry is None:
-                entry = self._locks[key] = [ranked_lock(self._rank), 0]
-            entry[1] += 1
-        try:
-            entry[0].acquire()
-        except BaseException:
-            self._drop(key, entry)
-            raise
-
-    def release(self, key: int) -> None:
-        entry = self._locks[key]
-        entry[0].release()
-        self._drop(key, entry)
-
-    def _drop(self, key: int, entry: list[Any]) -> None:
-        with self._guard:
-            entry[1] -= 1
-            if not entry[1]:
-                del self._locks[key]
-
     def __len__(self) -> int:
         return len(self._locks)
 
 
 class _Held:
-    """A class rather than a generator: half the cost, in the path of every allocating write."""
+    """A class rather than a generator, and without calls of its own: it is in the path of every allocating write."""
 
-    __slots__ = ("_key", "_locks")
+    __slots__ = ("_entry", "_key", "_locks")
 
     def __init__(self, locks: KeyedLocks, key: int) -> None:
         self._locks = locks
         self._key = key
 
     def __enter__(self) -> None:
-        self._locks.acquire(self._key)
+        locks = self._locks
+        with locks._guard:
+            entry = locks._locks.get(self._key)
+            if entry is None:
+                entry = locks._locks[self._key] = [ranked_lock(locks._rank), 0]
+            entry[1] += 1
+        self._entry = entry
+        try:
+            entry[0].acquire()
+        except BaseException:
+            self._drop()
+            raise
 
     def __exit__(self, *_: object) -> None:
-        self._locks.release(self._key)
+        self._entry[0].release()
+        self._drop()
+
+    def _drop(self) -> None:
+        entry = self._entry
+        with self._locks._guard:
+            entry[1] -= 1
+            if not entry[1]:
+                del self._locks._locks[self._key]
