@@ -370,12 +370,12 @@ class WritableRequests(Requests):
         With `may_trim` whole clusters are freed; without, those that have data keep their place in the file.
         """
         self._check_range(pos, length)
-        with self._in_flight.request():
-            while length:
+        while length:
+            with self._in_flight.request():  # for each run: it may not hold up what it has freed itself
                 kind, offset, n = self._clusters.lookup(pos, length)
                 n = self._zero_run(kind, offset, pos, n, may_trim)
-                pos += n
-                length -= n
+            pos += n
+            length -= n
 
     def _zero_run(self, kind: Kind, offset: int, pos: int, n: int, may_trim: bool) -> int:
         """Zero one run, or its first part; returns the bytes.  0: somebody else changed it; look it up again."""
@@ -449,8 +449,8 @@ class WritableRequests(Requests):
     def trim(self, pos: int, length: int) -> None:
         """Free the whole clusters in guest positions [pos, pos + length), which then read as zeros."""
         self._check_range(pos, length)
-        with self._in_flight.request():
-            while length:
+        while length:
+            with self._in_flight.request():  # for each run, as in zero()
                 kind, _, n = self._clusters.lookup(pos, length)
                 if kind is FOUND:
                     head, whole = self._split(pos, n)
