@@ -90,6 +90,16 @@ class Requests:
         self._slice_shift = geometry.slice_shift
         self._slice_mask = geometry.slice_mask
 
+    def follow(self, other: Requests) -> None:
+        """Look up in another opening of the image from now on, whose requests count as in flight with these.
+
+        A request may still come to this one after the other has freed what only this one's tables have.
+        """
+        self._bounds = other._bounds
+        self._clusters = other._clusters
+        self._slices = other._slices
+        self._touch = other._touch
+
     # -- reads -------------------------------------------------------------------------------------------------
 
     def pread_into(self, buf: WriteBuffer, pos: int) -> None:
@@ -458,8 +468,8 @@ class WritableRequests(Requests):
                         n = head or n
                     else:
                         n = self._unlink(pos, whole)
-                pos += n
-                length -= n
+            pos += n
+            length -= n
 
     def add_zero_clusters(self, pos: int, length: int) -> None:
         """Make the clusters of a range that this image does not have zero clusters, whatever is below it.
