@@ -32,7 +32,7 @@ from .storage import Storage
 
 GROWTH_STEP = 16 * MiB  # one truncation, hence one journalled size, serves this much allocation
 _WORTH = 32  # freed clusters wait at most until they are this part of the file, or GROWTH_STEP
-_MAX_UNLINKED = 1 << 16  # extents remembered before a flush is made for them
+_MAX_UNLINKED = 1 << 16  # extents remembered before a flush is made for them, if that helps
 IDLE_SECONDS = 5.0  # QEMU's delay between the last allocation and the clean header
 
 
@@ -124,7 +124,7 @@ class Allocator:
         with self._lock:
             self._unlinked.append(Freed(self._in_flight.advance(), extent))
             self.pending += extent.n
-            full = len(self._unlinked) >= _MAX_UNLINKED
+            full = len(self._unlinked) >= _MAX_UNLINKED and self._oldest_is_ready()
         if full:
             self.flush()
 
@@ -161,7 +161,10 @@ class Allocator:
             enough = min(GROWTH_STEP, self._bounds.end // _WORTH) >> self._geometry.l2_shift
             if self._free.n or self.pending < max(enough, 1) or not self._unlinked:
                 return False
-            return self._unlinked[0].epoch <= self._in_flight.oldest()
+            return self._oldest_is_ready()
+
+    def _oldest_is_ready(self) -> bool:
+        return self._unlinked[0].epoch <= self._in_flight.oldest()
 
     def restart(self) -> None:
         """The clusters in use were moved and the file was cut after them, at bounds.end: forget its old tail."""

@@ -138,6 +138,17 @@ def resolve(name: str, overlay: str) -> str:
 
 def parse_name(name: str, overlay: str) -> BackingName:
     """What the name of a backing file in the image at `overlay` means.  Raises UnsupportedError."""
+    where = _parse(name, overlay)
+    try:
+        text = os.fsencode(where.path or "") + (where.uri or "").encode()
+    except UnicodeEncodeError:
+        text = b"\0"
+    if b"\0" in text:  # JSON can say what no system call takes
+        raise UnsupportedError(f"backing file {name!r} of {overlay}: not the name of anything")
+    return where
+
+
+def _parse(name: str, overlay: str) -> BackingName:
     if name.startswith("json:"):
         try:
             options = json_options(name[len("json:") :])
@@ -146,9 +157,7 @@ def parse_name(name: str, overlay: str) -> BackingName:
         return _from_options(options, name, overlay)
     if is_uri(name):
         return BackingName(uri=name)
-    match = re.fullmatch(
-        r"nbd:(?:unix:(?P<socket>[^:]*)|(?P<server>\[.*?\]:\d+|[^:]*:\d+))(?::exportname=(.*))?", name
-    )
+    match = _OLD_NBD.fullmatch(name)
     if match is not None:
         return BackingName(uri=_uri(match["server"], match["socket"], match[3] or ""))
     if re.match(r"(?!file:)[^/]*:", name):

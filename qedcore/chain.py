@@ -17,7 +17,7 @@ from .image import DEFAULT_L2_CACHE, Parts, QEDImage
 from .in_flight import InFlight
 from .request import Source
 from .storage import Storage
-from .storage.file import CacheMode, cache_mode, open_storage
+from .storage.file import CacheMode, cache_mode, is_uri, open_storage
 from .storage.lock import LockedError
 
 __all__ = ["ChainOpener", "RawSource", "close_source", "open_image", "open_source", "probe", "resolve"]
@@ -59,7 +59,7 @@ def open_foreign(
     words = ["--cache=none"] if mode.direct else []
     name = name or target
     if confined is None:
-        return open_by_qemu(name, [*words, "-f", format, target], identity)
+        return open_by_qemu(name, [*words, "-f", format, "--", target], identity)
     fd = _open_same(confined, identity)
     driver = "file" if stat.S_ISREG(os.fstat(fd).st_mode) else "host_device"
     opened = f'{{"driver":"{driver}","filename":"/proc/self/fd/{fd}"}}'
@@ -282,7 +282,8 @@ def open_source(
     storage.close()
     if found == "qed":
         return open_image(path, writable=False, cache=cache, opener=opener, policy=policy)
-    return RawSource(open_foreign(os.path.abspath(path), found, cache_mode(cache), identity))
+    target = path if is_uri(path) else os.path.abspath(path)
+    return RawSource(open_foreign(target, found, cache_mode(cache), identity))
 
 
 def close_source(source: Source | None) -> None:

@@ -4,7 +4,7 @@
                                       ^ size(): moved by truncate()           ^ the capacity
 
 I1. Where the image ends is not written anywhere: it is found from the tables, as the end of the last cluster that
-    is referred to.
+    is referred to.  An image with damage ends with the storage: what it has lost may be anywhere, and stays.
 I2. Bytes gained are made zeros, durably, before anything can refer to them: unlike a file's growth, theirs cannot
     get lost in a crash, and old contents would show.
 """
@@ -17,25 +17,31 @@ from collections.abc import Sequence
 from .errors import ImageFormatError, StorageError, UnsupportedError
 from .geometry import MiB
 from .header import read_header
-from .scan import Scan
+from .scan import Damage, Scan
 from .storage import ReadBuffer, Storage, WriteBuffer
 
 _ZEROS = bytes(MiB)
 
 
 def end_of_image(storage: Storage) -> int:
-    """Where the image in `storage` ends (bytes), from all of its tables; the capacity if it is none.
+    """Where the image in `storage` ends (bytes), from all of its tables; the capacity if it is none, or damaged.
 
     Raises StorageError.
     """
+    lost = False  # some entry does not lead where it should
+
+    def report(damage: Damage) -> None:
+        nonlocal lost
+        lost = lost or not (damage.past_end or damage.shared)
+
     try:
         header, geometry, bounds = read_header(storage)
     except (ImageFormatError, UnsupportedError):
         return storage.size()  # opening it will tell
-    found = Scan(storage, geometry, bounds, header.l1_table_offset).run()
+    found = Scan(storage, geometry, bounds, header.l1_table_offset, report=report).run()
     if found.error is not None:
         raise found.error
-    return found.end
+    return storage.size() if lost else found.end
 
 
 def as_file(storage: Storage) -> Storage:

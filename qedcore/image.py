@@ -14,7 +14,7 @@ from typing import Callable, NamedTuple
 from .alloc import Allocator, NeedCheckGate
 from .check import repair_after_crash
 from .cluster import ClusterMap, Kind
-from .errors import ImageFormatError, QEDError, ReadOnlyError, ShutdownError, UnsupportedError
+from .errors import CorruptImageError, ImageFormatError, QEDError, ReadOnlyError, ShutdownError, UnsupportedError
 from .geometry import Bounds, Geometry, MiB
 from .header import Header, HeaderUpdater, read_backing_name, read_header
 from .in_flight import InFlight
@@ -144,7 +144,8 @@ class QEDImage:
     def maintenance(self) -> Iterator[Metadata]:
         """A dirty period in which the caller changes metadata by itself; no other request may be in flight.
 
-        NEED_CHECK is durable before and stays after an error, so that the next writable open repairs.
+        NEED_CHECK is durable before and stays after an error, so that the next writable open repairs; but not for
+        damage that was there before (CorruptImageError): that repair drops what might still be salvaged.
         """
         self._check_open()
         if self._gate is None or not isinstance(self._requests, WritableRequests):
@@ -164,9 +165,15 @@ class QEDImage:
             try:
                 yield metadata
                 self.size = self._requests.size
+            except CorruptImageError:
+                raise
             except BaseException:
                 self._gate.fail()
                 raise
+
+    def succeed(self, retired: QEDImage) -> None:
+        """This one takes the place of `retired`, a read-only opening of the same image with the same `in_flight`."""
+        retired._requests.follow(self._requests)
 
     def start_timer(self) -> None:
         """Clear NEED_CHECK when allocations pause, from a thread: call it after any fork."""

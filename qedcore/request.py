@@ -90,6 +90,16 @@ class Requests:
         self._slice_shift = geometry.slice_shift
         self._slice_mask = geometry.slice_mask
 
+    def follow(self, other: Requests) -> None:
+        """Look up in another opening of the image from now on, whose requests count as in flight with these.
+
+        A request may still come to this one after the other has freed what only this one's tables have.
+        """
+        self._bounds = other._bounds
+        self._clusters = other._clusters
+        self._slices = other._slices
+        self._touch = other._touch
+
     # -- reads -------------------------------------------------------------------------------------------------
 
     def pread_into(self, buf: WriteBuffer, pos: int) -> None:
@@ -370,12 +380,12 @@ class WritableRequests(Requests):
         With `may_trim` whole clusters are freed; without, those that have data keep their place in the file.
         """
         self._check_range(pos, length)
-        with self._in_flight.request():
-            while length:
+        while length:
+            with self._in_flight.request():  # for each run: it may not hold up what it has freed itself
                 kind, offset, n = self._clusters.lookup(pos, length)
                 n = self._zero_run(kind, offset, pos, n, may_trim)
-                pos += n
-                length -= n
+            pos += n
+            length -= n
 
     def _zero_run(self, kind: Kind, offset: int, pos: int, n: int, may_trim: bool) -> int:
         """Zero one run, or its first part; returns the bytes.  0: somebody else changed it; look it up again."""
@@ -449,8 +459,8 @@ class WritableRequests(Requests):
     def trim(self, pos: int, length: int) -> None:
         """Free the whole clusters in guest positions [pos, pos + length), which then read as zeros."""
         self._check_range(pos, length)
-        with self._in_flight.request():
-            while length:
+        while length:
+            with self._in_flight.request():  # for each run, as in zero()
                 kind, _, n = self._clusters.lookup(pos, length)
                 if kind is FOUND:
                     head, whole = self._split(pos, n)
@@ -458,8 +468,8 @@ class WritableRequests(Requests):
                         n = head or n
                     else:
                         n = self._unlink(pos, whole)
-                pos += n
-                length -= n
+            pos += n
+            length -= n
 
     def add_zero_clusters(self, pos: int, length: int) -> None:
         """Make the clusters of a range that this image does not have zero clusters, whatever is below it.

@@ -85,10 +85,12 @@ class SharedImage:
                 self.image = self._open(not readonly)
             elif not (readonly or self.image.writable):
                 try:
-                    self._retired, self.image = self.image, self._open(True)
+                    writable = self._open(True)
                 except BaseException:
                     self._opener.read_only()
                     raise
+                writable.succeed(self.image)
+                self._retired, self.image = self.image, writable
             self._users += 1
 
     def _open(self, writable: bool) -> QEDImage:
@@ -117,14 +119,18 @@ class SharedImage:
 
     def _close(self) -> None:
         retired, self._retired = self._retired, None
+        notice = None
         try:
-            notice = self._tidy(self.image) if self.image.writable else None
-            self.image.close()
-            if notice is not None:
-                self._log(notice)
+            if self.image.writable:
+                notice = self._tidy(self.image)
         finally:
-            if retired is not None:
-                retired.close()
+            try:
+                self.image.close()
+            finally:
+                if retired is not None:
+                    retired.close()
+        if notice is not None:
+            self._log(notice)
 
     def _tidy(self, image: QEDImage) -> str | None:
         """What is left undone.  If the storage has failed, closing it tells."""

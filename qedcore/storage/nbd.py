@@ -102,7 +102,6 @@ class NbdStorage:
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.name = name
-        self._nbd = import_nbd()
         self._peer = peer
         self._identity = ("nbd", name) if identity is None else identity
         self._patience = patience
@@ -119,6 +118,7 @@ class NbdStorage:
         self._failure = ""
         self._size: int | None = None
         try:
+            self._nbd = import_nbd()
             self._link = link = self._connect()
         except BaseException as error:
             peer.close()

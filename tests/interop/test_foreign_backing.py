@@ -314,10 +314,23 @@ def test_without_libnbd(tmp_path: Path, image: Image, monkeypatch: pytest.Monkey
     foreign(tmp_path / "base", "qcow2")
     built = image(size=SIZE, layout="-", backing="base")
     monkeypatch.setitem(sys.modules, "nbd", None)
+    name = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "base")}})
+    confined = image("confined.qed", size=SIZE, layout="-", backing=f"json:{name}")
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(UnsupportedError, match="python3-libnbd"):
         qedcore.open_image(built.path, policy=ANY)
     with pytest.raises(UnsupportedError, match="python3-libnbd"):
+        qedcore.open_image(confined.path)
+    with pytest.raises(UnsupportedError, match="python3-libnbd"):
         qedcore.open_image("nbd://localhost")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_names_are_no_options(tmp_path: Path, image: Image) -> None:
+    """What an image names is a name to qemu-nbd: it cannot make it do other things."""
+    built = image(size=SIZE, layout="-", backing="--trace=x:,events=/dev/null")
+    with pytest.raises(StorageError, match="Unknown protocol '--trace=x'"):
+        qedcore.open_image(built.path, policy=ANY)
 
 
 # NBD servers

@@ -289,6 +289,18 @@ def test_many_freed_runs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flushes(tap) == 5 and len(target._unlinked) < 10
 
 
+def test_flushes_that_would_free_nothing_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alloc, "_MAX_UNLINKED", 10)
+    in_flight = InFlight()
+    tap, target, extent = filled(64 * 32, in_flight)
+    with in_flight.request():  # it takes long
+        for n in range(0, 100, 2):
+            target.free(Extent(extent.offset + n * CS, 1, False))
+    assert flushes(tap) == 0
+    target.free(Extent(extent.offset + 100 * CS, 1, False))
+    assert flushes(tap) == 1 and target.pending == 0
+
+
 def test_trim_tail() -> None:
     storage = MemoryStorage(bytes(2 * CS))
     target, bounds = allocator(storage)

@@ -129,6 +129,11 @@ NO_NAMES = (
     'json:{"driver": "qed"}',
     "json:{'driver':'qed','file.filename':'x','y':'z'}",
     "json:" + "[" * 99999,
+    r'json:{"driver":"raw","file.filename":"/x\u0000y"}',
+    r'json:{"driver":"raw","file.filename":"/x\ud800"}',
+    r'json:{"driver":"nbd","host":"h\u0000"}',
+    r'json:{"driver":"nbd","host":"h\ud800"}',
+    os.fsdecode(b"nbd://h/\xff"),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.patterns import KiB, random_ops, stamp
-from support.qed_image import ZERO, Built, Geometry, QedFile, assert_sound
+from support.qed_image import F_NEED_CHECK, ZERO, Built, Geometry, QedFile, assert_sound, read_header
 from unit.crashes import World, check_crashes, guest
 
 import qedcore
@@ -384,6 +384,25 @@ def test_tidy_leaves_much_work(image: Image, monkeypatch: pytest.MonkeyPatch) ->
     shared.close()
     assert lines == [f"{path}: 3 clusters inside the file are free: give them back with qed check -r leaks"]
     assert len(assert_sound(path, leaks=3).leaks) == 3
+
+
+@pytest.mark.parametrize("work", [tidy, compact], ids=["tidy", "compact"])
+def test_damage_alone_asks_for_no_repair(image: Image, work: Callable[[qedcore.QEDImage], object]) -> None:
+    """The repair at open would drop entries from which data may still be salvaged."""
+    damage = {"entries": {200: lambda built: built.offsets[7] + 1}}
+    path = image(**SMALL, size=256 * CS, layout=dict.fromkeys(range(9), "data"), **damage).path
+    with QedFile(path) as file:
+        entry = file.entries()[200]
+    with qedcore.open_image(path) as img:
+        img.trim(3 * CS, CS)
+        img.flush()
+        with pytest.raises(CorruptImageError):
+            work(img)
+    assert not read_header(path)["features"] & F_NEED_CHECK
+    with qedcore.open_image(path):
+        pass
+    with QedFile(path) as file:
+        assert file.entries()[200] == entry
 
 
 def test_tidy_with_nothing_to_do_changes_nothing(image: Image) -> None:

@@ -38,6 +38,9 @@ class FakeImage:
     def holes(self) -> int:
         return 0
 
+    def succeed(self, retired: QEDImage) -> None:
+        pass
+
     def close(self) -> None:
         self.world.close(self)
 
@@ -175,6 +178,19 @@ def test_a_failed_close_is_told_and_over(world: World, directory: ImageDirectory
     directory.close(again)
 
 
+def test_a_bug_in_tidying_leaves_nothing_open(
+    world: World, directory: ImageDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(image: FakeImage) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(FakeImage, "holes", fail)
+    image = directory.open("a", readonly=False)
+    with pytest.raises(MemoryError):
+        directory.close(image)
+    assert world.open_now["a"] == 0
+
+
 def test_close_all_closes_the_rest_in_spite_of_errors(world: World, directory: ImageDirectory) -> None:
     images = [directory.open(name, False) for name in "abc"]
     world.close_fails.update("ab")
@@ -186,6 +202,29 @@ def test_close_all_closes_the_rest_in_spite_of_errors(world: World, directory: I
     for image in images:  # late: nothing is left to do
         directory.close(image)
     assert sum(event.startswith("closed") for event in world.events) == 3
+
+
+def test_a_read_that_is_late_for_the_reopening(tmp_path: Path) -> None:
+    """It has the image that was read-only, and comes after the writer has freed and reused its cluster."""
+    path = tmp_path / "image.qed"
+    size = 4096
+    build(path, ImageSpec(cluster_size=size, table_size=1, layout="DD"))
+    parameters = Parameters(lambda line: None, lambda line: None)
+    parameters.take("file", str(path))
+    parameters.complete()
+    exports = make_exports(parameters)
+    exports.prepare()
+    shared = exports.open("", readonly=True)
+    before = shared.image
+    assert before.pread(size, 0) != bytes(size)
+    exports.open("", readonly=False)
+    shared.image.trim(0, size)
+    shared.image.flush()
+    shared.image.pwrite(b"s" * size, 5 * size)
+    assert before.pread(size, 0) == bytes(size)
+    shared.image.pwrite(b"t" * size, 0)
+    assert before.pread(size, 0) == b"t" * size
+    exports.close_all()
 
 
 def test_names_of_one_file(world: World, directory: ImageDirectory, tmp_path: Path) -> None:

@@ -165,6 +165,26 @@ def test_repair_at_open(image: Image) -> None:
         assert img.pread(CS, 7 * CS) == b"x" + bytes(CS - 1)
 
 
+@pytest.mark.parametrize("table", ["L1", "L2"])
+def test_what_damage_has_lost_is_not_overwritten(image: Image, table: str) -> None:
+    """Data that no entry leads to any more may still be salvaged: it is no room for the image to grow."""
+    layout = {0: "data", 513: "data", 514: "data"}
+    _, built = make(image, layout=layout)
+    wrong: dict[str, Any] = {"entries": {514: built.offsets[514] + 1}}
+    if table == "L1":
+        wrong = {"l1_entries": {1: built.l2_offsets[1] + 1}}
+    disk, built = make(image, layout=layout, **wrong)
+    before = bytes(disk.data)
+    with disk.open() as img:
+        with pytest.raises(StorageError) as caught:
+            for pos in range(CS, 512 * CS, CS):
+                img.pwrite(b"x" * CS, pos)
+        assert caught.value.errno == errno.ENOSPC
+        img.pwrite(b"y", 0)  # in place
+    changed = [at for at in range(0, len(before), CS) if before[at : at + CS] != disk.data[at : at + CS]]
+    assert set(changed) <= {0, built.offsets[0]}
+
+
 def test_wrong_header_is_told(image: Image) -> None:
     disk, _ = make(image, header={"table_size": 3})
     with pytest.raises(qedcore.errors.ImageFormatError, match="table size"):

@@ -546,6 +546,22 @@ def test_freeing(tapped: Tapped, name: str, zero: bool) -> None:
         assert os.path.getsize(built.path) == built.l2_offsets[0] + built.spec.table_size * CS  # nothing but tables
 
 
+@pytest.mark.parametrize("zero", [False, True], ids=["trim", "zero"])
+def test_a_long_request_does_not_hold_up_what_it_frees(
+    tapped: Tapped, monkeypatch: pytest.MonkeyPatch, zero: bool
+) -> None:
+    """A flush for some runs, neither none nor one for each."""
+    monkeypatch.setattr(alloc, "_MAX_UNLINKED", 10)
+    img, tap, built = tapped(size=100 * CS, layout="D" * 100, reverse=True)
+    if zero:
+        img.zero(0, 100 * CS, may_trim=True)
+    else:
+        img.trim(0, 100 * CS)
+    assert img._allocator.pending < 10
+    assert 10 <= [call.name for call in tap.log].count("flush") <= 13
+    assert_same(img.pread(100 * CS, 0), bytes(100 * CS))
+
+
 def test_zero_over_a_backing_file_frees_and_hides(tapped: Tapped) -> None:
     img, tap, built = tapped(layout="D-D", backing=MiB)
     img.zero(0, 3 * CS, may_trim=True)
