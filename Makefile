@@ -26,7 +26,7 @@ venv_python := .venv/bin/python
 need := sh tests/install.sh
 # nbdinfo runs file(1), and prints garbage without it.
 serving := python3 nbdkit nbdkit-plugin-python libnbd-bin file python3-libnbd qemu-utils
-testing := $(serving) python3-venv e2fsprogs gnutls-bin strace python3-numpy perl
+testing := $(serving) python3-venv e2fsprogs gnutls-bin strace python3-numpy perl fio fuse3
 
 .DEFAULT_GOAL := help
 .PHONY: help run demo check lint format bench install uninstall clean
