@@ -11,6 +11,8 @@ I2. Data clusters that the guest freed are handed out again once that is safe (D
 
     A crash before the flush may bring the entry back, but what it then shows is zeros: what the guest asked for.
     Where no holes can be punched they are used as they are, and not fresh; so are those of failed requests.
+    In an image with shared clusters none are: the other entry's data would go.  NEED_CHECK does not tell of those,
+    so the tables are looked through once, before the first hole (`sole_users`).
     Tables are always appended.
 I3. The dirty period: NEED_CHECK is durable before the first metadata change, and is cleared only when everything
     is durable and nothing is in flight; new allocations wait until the cleared header is durable too.
@@ -65,6 +67,10 @@ class Allocator:
         self._unlinked: list[Freed] = []
         self.pending = 0  # clusters that were unlinked and are not free yet
         self.reuse = True  # False in a damaged image: an entry may not be the only one that points to a cluster
+        # Asked once whether no entry leads to these, and clusters have one user each, while requests run, but nothing
+        # is reused; None: it is so.
+        self.sole_users: Callable[[list[Extent]], bool] | None = None
+        self._looking = False  # sole_users is running
 
     def allocate(self, n: int) -> Extent:
         """1 to n contiguous clusters for data, which nothing points at.  Raises StorageError (ENOSPC, EFBIG)."""
@@ -119,9 +125,9 @@ class Allocator:
 
     def free(self, extent: Extent) -> None:
         """Take back data clusters that were just unlinked, on disk and in memory.  Raises StorageError."""
-        if not self.reuse:
-            return
         with self._lock:
+            if not self.reuse:
+                return
             self._unlinked.append(Freed(self._in_flight.advance(), extent))
             self.pending += extent.n
             full = len(self._unlinked) >= _MAX_UNLINKED and self._oldest_is_ready()
@@ -130,7 +136,7 @@ class Allocator:
 
     def flush(self) -> None:
         """Storage.flush(), which makes freed clusters free that no request knows any more.  Raises StorageError."""
-        if not self.pending:
+        if not self.pending or not self._may_reuse():
             self._storage.flush()
             return
         with self._lock:
@@ -144,6 +150,26 @@ class Allocator:
                 cluster = extent.offset >> self._geometry.l2_shift
                 self._free.add(cluster, extent.n, CLEAN if is_hole else USED)
                 self.pending -= extent.n
+
+    def _may_reuse(self) -> bool:
+        """Whether an entry that was unlinked was its cluster's only one; False also while another thread looks."""
+        with self._lock:
+            look, self.sole_users = self.sole_users, None
+            if look is None:
+                return self.reuse and not self._looking
+            self._looking = True
+            unlinked = [freed.extent for freed in self._unlinked]
+        sole = False
+        try:
+            sole = look(unlinked)
+        finally:
+            with self._lock:
+                self._looking = False
+                self.reuse = sole
+                # What was unlinked meanwhile was perhaps seen, perhaps not: nobody knows what it was.
+                del self._unlinked[len(unlinked) if sole else 0 :]
+                self.pending = sum(freed.extent.n for freed in self._unlinked)
+        return sole
 
     def _punch(self, extent: Extent) -> bool:
         try:

@@ -14,6 +14,7 @@ The caller makes sure that nobody changes the tables meanwhile.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 
 from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
@@ -109,6 +110,23 @@ def repair_after_crash(
         header.set_features(clear=FEATURE_NEED_CHECK)
         storage.flush()
     return done
+
+
+def shares_clusters(
+    storage: Storage, geometry: Geometry, bounds: Bounds, l1_offset: int, unlinked: list[tuple[int, int]]
+) -> bool:
+    """Whether two entries lead to one cluster, or one to what was `unlinked` (first cluster, n), or nobody knows.
+
+    Raises StorageError and UnsupportedError.  Requests may allocate meanwhile, past the present end, and unlink, but
+    not use a cluster again.
+    """
+    found = _Damages()
+    present = copy(bounds)  # the map is made for this end
+    scan = Scan(storage, geometry, present, l1_offset, report=found.report, map_limit=MAP_LIMIT, go_on=False)
+    result = scan.run()
+    if result.error is not None:
+        raise result.error
+    return found.shared or result.unmapped > 0 or any(any(scan.use.marks(first, n)) for first, n in unlinked)
 
 
 def _clear(tables: TableIO, offset: int, table: Table, wrong: list[int]) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Callable, NamedTuple
 
-from .alloc import Allocator, NeedCheckGate
-from .check import repair_after_crash
+from .alloc import Allocator, Extent, NeedCheckGate
+from .check import repair_after_crash, shares_clusters
 from .cluster import ClusterMap, Kind
 from .errors import CorruptImageError, ImageFormatError, QEDError, ReadOnlyError, ShutdownError, UnsupportedError
 from .geometry import Bounds, Geometry, MiB
@@ -124,6 +124,8 @@ class QEDImage:
             self._log(f"{self.storage.name}: cleared autoclear features of another program")
         if self.header.need_check:
             self._repair(self._gate)
+        else:
+            self._allocator.sole_users = self._has_sole_users
         self._clusters.expect_growth(self._log)
 
     def _repair(self, gate: NeedCheckGate) -> None:
@@ -139,6 +141,17 @@ class QEDImage:
             gate.fail()
             self._allocator.reuse = False
             self._log(f"{name}: damage may be left: shared clusters change together; check the image")
+
+    def _has_sole_users(self, freed: list[Extent]) -> bool:
+        unlinked = [(extent.offset >> self.geometry.l2_shift, extent.n) for extent in freed]
+        try:
+            shared = shares_clusters(self.storage, self.geometry, self._bounds, self.header.l1_table_offset, unlinked)
+        except QEDError as error:
+            self._log(f"{self.storage.name}: freed clusters are not used again: {error}")
+            return False
+        if shared:
+            self._log(f"{self.storage.name}: damaged: freed clusters may be shared and are not used again: check it")
+        return not shared
 
     @contextmanager
     def maintenance(self) -> Iterator[Metadata]:

@@ -229,6 +229,32 @@ def test_a_damaged_image_reuses_nothing() -> None:
     assert target.allocate(4).offset > extent.offset and "punch" not in [call.name for call in tap.log]
 
 
+@pytest.mark.parametrize("sole", [True, False])
+def test_nothing_is_reused_while_somebody_looks_for_other_users(sole: bool) -> None:
+    tap, target, extent = filled(4)
+    gate = Gate()
+
+    def look(unlinked: list[Extent]) -> bool:
+        assert unlinked == [Extent(extent.offset, 2, False)]
+        gate.stop()
+        return sole
+
+    target.sole_users = look
+    target.free(Extent(extent.offset, 2, False))
+    first = Job(target.flush)
+    gate.reached()
+    target.flush()  # by another client: durable, and nothing else
+    target.free(Extent(extent.offset + 2 * CS, 1, False))
+    assert target.allocate(1).offset > extent.offset
+    assert "punch" not in [call.name for call in tap.log] and flushes(tap) >= 1
+    gate.open()
+    first.result()
+    assert ("punch" in [call.name for call in tap.log]) is sole
+    assert (target.allocate(9) == Extent(extent.offset, 2, True)) is sole
+    assert target.allocate(9).offset > extent.offset + 2 * CS  # what was freed meanwhile
+    assert target.pending == 0
+
+
 def test_few_freed_clusters_wait(small_step: int) -> None:
     """A flush is made for as much as is worth it, not for every cluster."""
     tap, target, extent = filled(64 * 32)
