@@ -283,7 +283,7 @@ class Soak:
         self.areas = [areas[n::CLIENTS] for n in range(CLIENTS)]
 
     def life(self, seconds: float, ending: str) -> None:
-        """Start a server, verify, load it for so many seconds, end it that way, and verify the file if it must be sound."""
+        """Start a server, verify, load it for so long, end it that way, and verify the file if it must be sound."""
         figures = Figures()
         with Nbdkit({"file": self.path}) as server:
             try:
