@@ -109,9 +109,13 @@ def json_options(text: str) -> dict[str, str]:
         return json.dumps(match[0][1:-1].replace("\\'", "'"))
 
     try:
-        return _flat(json.loads(re.sub(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", double_quoted, text)))
+        options = _flat(json.loads(re.sub(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", double_quoted, text)))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    for value in options.values():
+        if b"\0" in os.fsencode(value):  # also a ValueError for half a surrogate pair: no file is called so
+            raise ValueError("NUL in a string")
+    return options
 
 
 # nbd:HOST:PORT[:exportname=NAME] and nbd:unix:PATH[:exportname=NAME]

@@ -527,7 +527,7 @@ class Scan:
                 self.use.map[cluster] |= READ
             try:
                 if not all(known):
-                    self._read_l2(index, offset, any(known))
+                    self._read_l2(index, offset, any(known), limit)
             except StorageError as error:
                 result.check_errors += 1
                 result.error = error
@@ -540,7 +540,7 @@ class Scan:
         """Surely no L2 table is there."""
         return abs(offset - self._l1_offset) < self.geometry.table_bytes
 
-    def _read_l2(self, index: int, offset: int, quiet: bool) -> None:
+    def _read_l2(self, index: int, offset: int, quiet: bool, limit: int) -> None:
         """Claim what a table refers to; `quiet` if part of it belongs to another table, which is reported already."""
         geo, result = self.geometry, self.result
         pos = index << geo.l1_shift
@@ -557,6 +557,8 @@ class Scan:
                 result.mapped_end = max(result.mapped_end, mapped)
             else:
                 self._read_slice(offset, base, table, at, quiet)
+                if result.corruptions >= limit:
+                    return
 
     def _read_slice(self, offset: int, base: int, table: Table, pos: int, quiet: bool) -> None:
         """One block after the other; `pos` is the first guest position of the slice."""

@@ -224,8 +224,14 @@ def _l1_entries(storage: Storage, geometry: Geometry, bounds: Bounds, offset: in
     """Entries of the cluster at `offset`, read as a part of an L1 table; None if one is impossible."""
     n = 0
     step = min(geometry.cluster_size, MiB)
+    data = next_data(storage, offset)
     for at in range(offset, offset + geometry.cluster_size, step):
+        if data >= at + step:
+            continue  # large clusters are mostly holes
+        data = next_data(storage, at + step)
         part = TableIO(storage).read(at, step // ENTRY)
+        if part.tobytes() == bytes(step):
+            continue
         for entry in part:
             if entry:
                 if not bounds.valid_table(entry):
