@@ -18,7 +18,6 @@ from .image import QEDImage
 from .request import Source
 from .storage import ReadBuffer, Storage, WriteBuffer
 from .storage.file import FileStorage
-from .storage.nbd import NbdStorage
 
 BUFFER = 1 * MiB  # bytes per read or write: system calls do not matter, and it stays in the processor's cache
 _ZEROS = bytes(BUFFER)
@@ -40,10 +39,10 @@ class Run(NamedTuple):
 
 def file_run(storage: Storage, pos: int, length: int) -> tuple[bool, int]:
     """(has data, bytes) of the run at pos of a plain file; a file system that cannot tell has data everywhere."""
-    if isinstance(storage, NbdStorage):
-        return storage.data_run(pos, length)
     if not isinstance(storage, FileStorage):
-        return True, length
+        from .storage.nbd import NbdStorage  # here, because most images are files
+
+        return storage.data_run(pos, length) if isinstance(storage, NbdStorage) else (True, length)
     try:
         data = os.lseek(storage.fd, pos, os.SEEK_DATA)
         if data > pos:

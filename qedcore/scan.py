@@ -9,12 +9,12 @@ read all the same: what they refer to is no leak.
 The map ends at a limit, whatever the size of the file.  Clusters after it are valid, but nobody knows who else uses
 them, and tables there are not read: ScanResult.unmapped counts both.
 
-Entries are looked at in blocks.  Empty blocks, runs of clusters and blocks of sound entries are dealt with at once;
-the others entry by entry, and all findings come from there.
+Slices that are one run of clusters are dealt with at once, the others in blocks: so are empty blocks, runs and blocks
+of sound entries.  What is left is looked at entry by entry, and all findings come from there.
 
-numpy, if installed and wanted, looks at the tables of large images first, in two threads (QuickLook): a sound image
-needs no more.  If anything is wrong, a second scan goes through the slices in order, and numpy only spares it those
-with nothing to report.  So the findings are the same without numpy.
+numpy, if installed and wanted, looks at large images whose clusters are in no order first, in two threads
+(QuickLook): a sound image needs no more.  If anything is wrong, a second scan goes through the slices in order, and
+numpy only spares it those with nothing to report.  So the findings are the same without numpy.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from operator import sub
 from typing import Any, Callable
 
 from .errors import StorageError, UnsupportedError
 from .geometry import ENTRY, MAX_SLICE_SIZE, ZERO_CLUSTER, Bounds, Geometry
+from .runs import Runs
 from .storage import Storage
-from .table import Table, contiguous, empty
+from .table import Table, empty
 
 # What a byte of the map says of its cluster
 METADATA = 1  # the header area, the L1 table or an L2 table
@@ -44,11 +45,13 @@ READ = 4  # an L2 table that the scan has come to
 SHARED = 8  # used more than once
 
 _USE = METADATA | DATA
+_NOW_READ = bytes(mark | READ for mark in range(256))
 
 MAX_CLUSTERS = 1 << 30  # in the map, which takes a byte for each
 _BLOCK = 512  # entries: slices are multiples of it
-_VECTOR_ENTRIES = 1 << 22  # L2 entries from which on loading numpy pays,
-_SCATTERED_ENTRIES = 1 << 18  # and where few clusters follow the one before
+_VECTOR_ENTRIES = 1 << 18  # L2 entries in no order from which on loading numpy pays
+_SAMPLES = 16  # L2 tables that are looked at to estimate how many there are
+_BATCH_ENTRIES = 1 << 15  # of small L2 tables that numpy gets at once
 _BLANK = bytes(MAX_SLICE_SIZE)
 _MAP_STEP = 1 << 20  # clusters of the map looked at at once
 _FAR = 1 << 63  # past the end of every file
@@ -213,11 +216,9 @@ def _length(table: Table) -> int:
 
 
 class Blocks:
-    """Claims a block of _BLOCK sound entries at once, or leaves it alone.  Plain Python, but few steps per block.
+    """Claims runs, and blocks of _BLOCK sound entries, at once, or leaves them alone.  Plain Python, but few steps.
 
-    A block is compared and masked as one large integer, of which each entry is a lane of 64 bits:
-
-        a run of clusters from `first` on  =  first * ones + steps,  with ones = |1|1|1|..., steps = |0|1|2|... * size
+    The alignment of a block is looked at as one large integer, of which each entry is a lane of 64 bits.
     """
 
     def __init__(self, geometry: Geometry, bounds: Bounds, use: ClusterUse) -> None:
@@ -225,27 +226,32 @@ class Blocks:
         self._bounds = bounds
         self._use = use
         self._blank = empty(_BLOCK)
+        self._runs = Runs(geometry.cluster_size)
         self._ones = _as_integer(array("Q", (1,)) * _BLOCK)
-        self._steps = _as_integer(contiguous(0, _BLOCK, geometry.cluster_size))
         self._masks = self._ones * geometry.cluster_mask
-        self._length = (_BLOCK - 1) * geometry.cluster_size  # bytes: from the first to the last cluster of a run
 
     def claim(self, block: Table, expected: int) -> tuple[int, int, int] | None:
         """(data clusters, how many are fragmented, next offset expected), or None: look at the entries one by one."""
-        geo, first = self._geometry, block[0]
         if block == self._blank:
             return 0, 0, expected
-        if self.may_be_run(first, block[-1]):
-            valid = self._bounds.valid_cluster(first) and self._bounds.valid_cluster(block[-1])
-            if valid and _as_integer(block) == first * self._ones + self._steps:
-                if not self._use.claim_run(first >> geo.l2_shift, _BLOCK, DATA):
-                    return None
-                return _BLOCK, int(expected not in (0, first)), block[-1] + geo.cluster_size
+        if self.may_be_run(block):
+            return self.claim_run(block, expected)
         return self._claim_all(block, expected)
 
-    def may_be_run(self, first: int, last: int) -> bool:
-        """By the first and the last entry of a block."""
-        return last == first + self._length
+    def may_be_run(self, table: Table) -> bool:
+        """By its first and its last entry."""
+        return table[-1] == table[0] + (len(table) - 1) * self._geometry.cluster_size
+
+    def claim_run(self, table: Table, expected: int) -> tuple[int, int, int] | None:
+        """claim() for a table of any length; None if it is no run, too."""
+        first, last, n, bounds = table[0], table[-1], len(table), self._bounds
+        if not (self.may_be_run(table) and bounds.valid_cluster(first) and bounds.valid_cluster(last)):
+            return None
+        if not self._runs.is_run(table, 0, n, first):
+            return None
+        if not self._use.claim_run(first >> self._geometry.l2_shift, n, DATA):
+            return None
+        return n, int(expected not in (0, first)), last + self._geometry.cluster_size
 
     def _claim_all(self, block: Table, expected: int) -> tuple[int, int, int] | None:
         """Claim clusters in any order."""
@@ -289,22 +295,20 @@ class Vectors:
         self._bounds = bounds
         self._end = min(bounds.end, use.mapped << geometry.l2_shift)  # bytes
         self._map = numpy.frombuffer(use.map, dtype=numpy.uint8)
-        self._scratch = numpy.empty(geometry.slice_entries, numpy.uint64)
+        self._scratch = numpy.empty(max(geometry.slice_entries, _BATCH_ENTRIES), numpy.uint64)
         self._strict = strict
 
-    def claim(self, table: Table, expected: int) -> tuple[int, int, int] | None:
-        """(data clusters, how many are fragmented, next offset expected), or None: look at the entries one by one."""
+    def claim(self, table: Table | memoryview, expected: int = 0, tables: int = 1) -> tuple[int, int, int] | None:
+        """(data clusters, how many are fragmented, next offset expected), or None: look at the entries one by one.
+
+        `table` may be several whole `tables`, one after the other.
+        """
         np, geo, bounds = self._np, self._geometry, self._bounds
         entries = np.frombuffer(table, dtype=np.uint64)
-        n, first, last = len(table), table[0], table[-1]
-        if last == first + (n - 1) * geo.cluster_size and bounds.valid_cluster(first) and last < self._end:
-            steps = np.subtract(entries[1:], entries[:-1], out=self._scratch[: n - 1])
-            part = self._map[first >> geo.l2_shift : (last >> geo.l2_shift) + 1]
-            if (steps == geo.cluster_size).all() and not (self._strict and part.any()):
-                part |= DATA
-                return n, int(expected not in (0, first)), last + geo.cluster_size
         lowest = int(entries.min())
         if lowest <= ZERO_CLUSTER:
+            if tables > 1:
+                return self._claim_each(memoryview(table), tables)
             entries = entries[entries > ZERO_CLUSTER]
             lowest = int(entries.min()) if len(entries) else 0
         n = len(entries)
@@ -312,6 +316,8 @@ class Vectors:
             return 0, 0, expected
         first, last = int(entries[0]), int(entries[-1])
         steps = np.subtract(entries[1:], entries[:-1], out=self._scratch[: n - 1])
+        if tables > 1:
+            steps[n // tables - 1 :: n // tables] = geo.cluster_size  # the first cluster of a table follows none
         jumps = int(np.count_nonzero(steps != geo.cluster_size))
         if int(np.bitwise_or.reduce(entries)) & geo.cluster_mask:
             return None
@@ -325,13 +331,23 @@ class Vectors:
         fragmented = jumps + (expected not in (0, first))
         return n, fragmented, last + geo.cluster_size
 
+    def _claim_each(self, entries: memoryview, tables: int) -> tuple[int, int, int] | None:
+        size, allocated, fragmented = len(entries) // tables, 0, 0
+        for start in range(0, len(entries), size):
+            claimed = self.claim(entries[start : start + size])
+            if claimed is None:
+                return None
+            allocated += claimed[0]
+            fragmented += claimed[1]
+        return allocated, fragmented, 0
+
     def count(self) -> int:
         """Clusters in use."""
         return int(self._np.count_nonzero(self._map))
 
 
 class QuickLook:
-    """Every second L2 table of an image whose L1 table is sound, in a thread of its own: numpy lets others run."""
+    """Half of the L2 tables of an image whose L1 table is sound, in a thread of its own: numpy lets others run."""
 
     def __init__(self, scan: Scan, vectors: Vectors, part: int) -> None:
         self._scan = scan
@@ -344,29 +360,68 @@ class QuickLook:
 
     def run(self, progress: Callable[[int, int], None]) -> None:
         scan = self._scan
-        buffer = empty(scan.geometry.slice_entries)
-        total = scan.result.tables
+        entries = scan.geometry.table_entries
+        batch = max(1, _BATCH_ENTRIES // entries)  # tables
+        buffer = empty(batch * min(entries, scan.geometry.slice_entries))
+        total, done = scan.result.tables, 0
+        tables = scan.l1_entries()
+        look = self._look_at_tables if batch > 1 else self._look_at_slices
         try:
-            for n, (index, offset) in enumerate(scan.l1_entries()):
-                if n % 2 == self._part and not (self.wanted and self._look(index, offset, buffer)):
+            for part in cycle((0, 1)):
+                some = list(islice(tables, batch))
+                if not some:
+                    break
+                if part == self._part and not (self.wanted and look(some, buffer)):
                     return
-                progress(n + 1, total)
+                done += len(some)
+                progress(done, total)
         except StorageError:
             return  # the other scan will meet it, too, and says what it is
         self.sound = True
 
-    def _look(self, index: int, offset: int, buffer: Table) -> bool:
-        """Claim what a table refers to; False if an entry is wrong."""
+    def _look_at_slices(self, tables: list[tuple[int, int]], buffer: Table) -> bool:
+        """Claim what one table refers to; False if an entry is wrong."""
+        ((index, offset),) = tables
         geo, pos, expected = self._scan.geometry, index << self._scan.geometry.l1_shift, 0
         for base, table in table_slices(self._scan.storage, geo, offset, buffer):
             claimed = self._vectors.claim(table, expected)
             if claimed is None:
                 return False
-            n, fragmented, expected = claimed
-            self.allocated += n
-            self.fragmented += fragmented
-            self.mapped_end = max(self.mapped_end, pos + ((base + _length(table)) << geo.l2_shift))
+            expected = claimed[2]
+            self._count(claimed, pos + ((base + _length(table)) << geo.l2_shift))
         return True
+
+    def _look_at_tables(self, tables: list[tuple[int, int]], buffer: Table) -> bool:
+        """The same for several tables of one slice each, `buffer` full at most."""
+        storage, geo = self._scan.storage, self._scan.geometry
+        end = 0  # bytes
+        indexes = []
+        with memoryview(buffer) as entries, entries.cast("B") as content:
+            for index, offset in tables:
+                if next_data(storage, offset) < offset + geo.table_bytes:
+                    storage.pread_into(content[end : end + geo.table_bytes], offset)
+                    indexes.append(index)
+                    end += geo.table_bytes
+            if not end:
+                return True
+            if sys.byteorder == "big":
+                buffer.byteswap()
+            claimed = self._vectors.claim(entries[: end // ENTRY], tables=len(indexes))
+        if claimed is None:
+            return False
+        mapped_end = 0
+        for number in reversed(range(len(indexes))):
+            length = _length(buffer[number * geo.table_entries : (number + 1) * geo.table_entries])
+            if length:
+                mapped_end = (indexes[number] << geo.l1_shift) + (length << geo.l2_shift)
+                break
+        self._count(claimed, mapped_end)
+        return True
+
+    def _count(self, claimed: tuple[int, int, int], mapped_end: int) -> None:
+        self.allocated += claimed[0]
+        self.fragmented += claimed[1]
+        self.mapped_end = max(self.mapped_end, mapped_end)
 
 
 class Scan:
@@ -414,7 +469,7 @@ class Scan:
         wanted = self._want_vectors
         if wanted is None:
             total = self.result.tables * self.geometry.table_entries
-            wanted = total >= (_SCATTERED_ENTRIES if self._is_scattered() else _VECTOR_ENTRIES)
+            wanted = total >= _VECTOR_ENTRIES and total * self._scattered() >= _VECTOR_ENTRIES
         if not (wanted and not self.result.corruptions and not self.use.unmapped and self._is_sound()):
             self._vectors = self._load_vectors(strict=True) if wanted else None
             self._read_l2_tables(limit)
@@ -425,18 +480,19 @@ class Scan:
         self._vectors = None  # it holds on to the map
         return self.result
 
-    def _is_scattered(self) -> bool:
-        """By the first slice of L2 tables: most of its blocks are no runs."""
+    def _scattered(self) -> float:
+        """Which part of the entries are in blocks that are no runs, by the first slices of some tables."""
         if self.result.corruptions:
-            return False
-        blocks = runs = 0
-        for _, offset in islice(self.l1_entries(), 1):
+            return 0.0
+        blocks = scattered = 0
+        for _, offset in islice(self.l1_entries(), 0, None, -(-self.result.tables // _SAMPLES)):
+            blocks += self.geometry.slice_entries // _BLOCK
             with suppress(StorageError):  # the scan will meet it, too
                 for _, table in islice(table_slices(self.storage, self.geometry, offset, self._buffer), 1):
                     for at in range(0, len(table), _BLOCK):
-                        blocks += table[at] > ZERO_CLUSTER
-                        runs += self._blocks.may_be_run(table[at], table[at + _BLOCK - 1])
-        return 2 * runs < blocks
+                        block = table[at : at + _BLOCK]
+                        scattered += block[0] > ZERO_CLUSTER and not self._blocks.may_be_run(block)
+        return scattered / blocks
 
     def _is_sound(self) -> bool:
         """A quick look at all L2 tables, by two threads.  False: there is damage, or no numpy; all is as before."""
@@ -502,6 +558,8 @@ class Scan:
     def _claim_table(self, offset: int) -> int:
         """Claim the clusters of a table; how many of them were in use already."""
         first = offset >> self.geometry.l2_shift
+        if self.use.claim_run(first, self.geometry.table_size, METADATA):
+            return 0
         return sum(
             not self.use.claim(cluster, METADATA) for cluster in range(first, first + self.geometry.table_size)
         )
@@ -519,12 +577,11 @@ class Scan:
                 continue
             # The same order as in _read_l1, so the same tables come second.
             first = offset >> geo.l2_shift
-            clusters = range(first, first + geo.table_size)
-            if clusters[-1] >= self.use.mapped:
+            if first + geo.table_size > self.use.mapped:
                 continue  # its claim was counted
-            known = [bool(mark & READ) for mark in self.use.marks(first, geo.table_size)]
-            for cluster in clusters:
-                self.use.map[cluster] |= READ
+            marks = self.use.marks(first, geo.table_size)
+            known = [bool(mark & READ) for mark in marks]
+            self.use.map[first : first + geo.table_size] = marks.translate(_NOW_READ)
             try:
                 if not all(known):
                     self._read_l2(index, offset, any(known), limit)
@@ -547,9 +604,10 @@ class Scan:
         self._expected = 0
         for base, table in table_slices(self.storage, geo, offset, self._buffer):
             at = pos + (base << geo.l2_shift)
-            claimed = None if quiet or self._vectors is None else self._vectors.claim(table, self._expected)
+            claimed = None if quiet else self._blocks.claim_run(table, self._expected)
+            if claimed is None and self._vectors is not None and not quiet:
+                claimed = self._vectors.claim(table, self._expected)
             if claimed is not None:
-                assert self._vectors is not None
                 n, fragmented, self._expected = claimed
                 result.allocated += n
                 result.fragmented += fragmented

@@ -26,7 +26,7 @@ LAYERS = (
     ("storage.direct", "storage.qemu_nbd"),
     ("header", "rehearsal", "backing"),
     ("table", "create"),
-    ("l2_cache", "past_end"),
+    ("l2_cache", "past_end", "runs"),
     ("cluster", "alloc", "scan"),
     ("claims", "fixed_size"),
     ("request", "trial", "check"),

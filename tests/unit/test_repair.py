@@ -214,10 +214,56 @@ def test_numpy_finds_the_same(tmp_path: Path, rng: random.Random, monkeypatch: p
         assert scan(FileStorage(built.path, False), True) == plain
         with monkeypatch.context() as patch:
             patch.setattr(Blocks, "claim", lambda *_: None)
+            patch.setattr(Blocks, "claim_run", lambda *_: None)
             assert scan(FileStorage(built.path, False), False) == plain
         with QedFile(built.path) as oracle:
             report = oracle.verify()
         assert plain[0].corruptions == len(report.errors) or any(b & 1 and b & 2 for b in plain[2])
+
+
+@pytest.mark.skipif(not HAS_NUMPY, reason="numpy is not installed")
+@pytest.mark.parametrize("tables", [1, 31, 32, 33, 64, 65, 97])  # numpy gets 32 of them at once
+def test_numpy_finds_the_same_in_many_tables(
+    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch, tables: int
+) -> None:
+    """Tables that are runs, shuffled, sparse, blank, or holes in the file: sound, and with one wrong entry."""
+    path = tmp_path / "a.qed"
+    for damaged in (False, False, True):
+        built = build(path, ImageSpec(**SMALL, size=tables * E * CS))
+        places = list(range(tables))
+        rng.shuffle(places)
+        data = built.end + tables * 2 * CS
+        contents = []
+        for number in range(tables):
+            entries = [data + (number * E + n) * CS for n in range(E)]
+            kind = rng.choice(["run", "run", "shuffled", "pieces", "sparse", "zeros", "blank", "hole"])
+            if kind == "shuffled":
+                rng.shuffle(entries)
+            elif kind == "pieces":
+                at = rng.randrange(E)
+                entries = entries[at:] + entries[:at]
+            elif kind == "sparse":
+                entries = [rng.choice((0, 0, 1, entry)) for entry in entries]
+            elif kind != "run":
+                entries = [int(kind == "zeros")] * E
+            contents.append((kind, entries))
+        if damaged:
+            kind, entries = rng.choice(contents)
+            entries[rng.randrange(E)] = rng.choice([2, CS, data + rng.randrange(tables * E) * CS, data + 8, 1 << 60])
+        with path.open("r+b") as f:
+            f.truncate(data + tables * E * CS)
+            f.seek(CS)
+            f.write(struct.pack(f"<{tables}Q", *(built.end + place * 2 * CS for place in places)))
+            for place, (kind, entries) in zip(places, contents):
+                if kind != "hole" or any(entries):
+                    f.seek(built.end + place * 2 * CS)
+                    f.write(struct.pack(f"<{E}Q", *entries))
+        plain = scan(FileStorage(path, False), False)
+        assert scan(FileStorage(path, False), True) == plain
+        with monkeypatch.context() as patch:
+            patch.setattr(Blocks, "claim", lambda *_: None)
+            patch.setattr(Blocks, "claim_run", lambda *_: None)
+            assert scan(FileStorage(path, False), False) == plain
 
 
 def test_holes_are_not_read(image: Image) -> None:
