@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.patterns import KiB, random_ops, stamp
 from support.qed_image import ZERO, Built, Geometry, QedFile, assert_sound
-from unit.crashes import World, check_crashes, guest
+from support.crashes import World, check_crashes, guest
 
 import qedcore
 from qedcore import compact as module
