@@ -1,8 +1,8 @@
 """What a guest may find: in each sector, values of writes that nothing newer has replaced for certain.
 
-    crash:  a write that began after another had ended, and which a later flush or FUA covers, replaces it    P1, P2
-    kill:   a write that began after another had ended, and which was answered, replaces it                   P3
-    read:   as after a kill when the read begins, and what was written meanwhile
+crash:  a write that began after another had ended, and which a later flush or FUA covers, replaces it    P1, P2
+kill:   a write that began after another had ended, and which was answered, replaces it                   P3
+read:   as after a kill when the read begins, and what was written meanwhile
 """
 
 from __future__ import annotations

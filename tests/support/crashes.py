@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from support.qed_image import QedFile
-
 import qedcore
 from qedcore.errors import StorageError
 from qedcore.storage import Storage
 from qedcore.storage.file import CacheMode
+from support.qed_image import QedFile
 
 GRANULES = (512, 4096)  # bytes that a disk writes as a whole: old and new ones
 Files = dict[str, bytes]  # path -> content

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.crashes import World, check_crashes, guest
 from support.patterns import KiB, assert_same, random_ops, stamp
 from support.qed_image import F_BACKING_FILE, F_NO_PROBE, Built, QedFile, assert_sound, read_header
-from support.crashes import World, check_crashes, guest
 
 import qedcore
 from qedcore.chain import close_source, open_source
