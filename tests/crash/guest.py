@@ -8,7 +8,7 @@ read:   as after a kill when the read begins, and what was written meanwhile
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Tuple
+from typing import NamedTuple
 
 SECTOR = 512  # bytes
 _NEVER = 1 << 62
@@ -24,7 +24,7 @@ class Write:
         self.certain = certain  # False: it may do nothing in some of them
 
 
-Choice = Tuple[bytes, Write]
+Choice = tuple[bytes, Write]
 
 
 class Violation(AssertionError):

@@ -39,7 +39,7 @@ def test_power_loss(tmp_path: Path, shape: str, backing: bool, trailing: bytes, 
     assert check(setup, history, rng, subsets=1, limit=100 if few else 1000) > 90, "hardly anything was tried"
 
 
-# -- hazards, most of them of QEMU's driver, put in one by one: each must be caught -------------------------------------
+# -- hazards, most of them of QEMU's driver, put in one by one: each must be caught ----------------------------------
 
 
 def deaf(
