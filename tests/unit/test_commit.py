@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.crashes import World, check_crashes, guest
 from support.patterns import KiB, assert_same, stamp
 from support.qed_image import F_NEED_CHECK, Built, QedFile, assert_sound, raw_reader, read_header
-from unit.crashes import World, check_crashes, guest
 
 import qedcore
 from qedcore.chain import RawSource

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.crashes import World, check_crashes, guest
 from support.patterns import KiB, random_ops, stamp
 from support.qed_image import F_NEED_CHECK, ZERO, Built, Geometry, QedFile, assert_sound, read_header
-from unit.crashes import World, check_crashes, guest
 
 import qedcore
 from qedcore import compact as module

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.crashes import World, check_crashes, guest
 from support.patterns import KiB, assert_same, random_ops, stamp
 from support.qed_image import F_BACKING_FILE, F_NO_PROBE, Built, QedFile, assert_sound, read_header
-from unit.crashes import World, check_crashes, guest
 
 import qedcore
 from qedcore.chain import close_source, open_source
@@ -161,7 +161,7 @@ def test_names(image: Image, old: int | None, new: int | None) -> None:
 
     before = ("o" * old if old else None, F_BACKING_FILE if old else 0)
     after = (name, F_BACKING_FILE | F_NO_PROBE if new else 0)
-    for label, files in world.crash_states():
+    for label, _, files, _ in world.crash_states():
         path.write_bytes(files[str(path)])
         assert state() in (before, after), label
         with qedcore.open_image(path, writable=False, follow=False) as img:

@@ -1,0 +1,367 @@
+"""Histories: the engine under guests and maintenance, recorded; and what every crash of one must leave.
+
+record():  threads of guest requests | maintenance | threads ... | close      -> a World's log, and the guest's view
+check():   each state that a crash may leave: the engine opens and repairs it, and the guest looks
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from crash.guest import SECTOR, Choice, GuestModel, Violation
+from crash.schedule import Scheduler
+from support.crashes import State, World
+from support.qed_image import ImageSpec, assert_sound, build
+from unit.fakes import MemoryStorage
+
+from qedcore import alloc, compact
+from qedcore.chain import open_image
+from qedcore.errors import QEDError
+from qedcore.header import FEATURE_NEED_CHECK
+from qedcore.image import QEDImage
+from qedcore.repair import Repair
+from qedcore.scan import Damage, Scan
+from qedcore.storage import Storage
+from qedcore.storage.file import CacheMode
+from qedcore.storage.flush import GroupCommit
+
+KiB, MiB = 1024, 1024 * 1024
+IMAGE = "image.qed"
+_DEEP = 4  # one state in so many is written to and closed, too
+_AGAIN = 24  # in one of so many the repair crashes as well
+_AGAIN_STATES = 6
+
+
+class Shape(NamedTuple):
+    """Geometry and size of an image."""
+
+    cluster_size: int  # bytes
+    table_size: int  # clusters
+    size: int  # bytes: two or three L2 tables
+    backing_size: int  # bytes: ends inside a cluster
+
+    @property
+    def table_span(self) -> int:
+        """Guest bytes of one L2 table."""
+        return self.cluster_size * self.table_size // 8 * self.cluster_size
+
+
+SHAPES = {
+    "4K/1": Shape(4 * KiB, 1, 5 * MiB, 5 * MiB - 701 * SECTOR),
+    "4K/2": Shape(4 * KiB, 2, 9 * MiB - 3 * SECTOR, 8 * MiB + 5 * SECTOR),
+    "64K/4": Shape(64 * KiB, 4, 2048 * MiB + 512 * KiB, 512 * KiB - 13 * SECTOR),
+}
+
+
+def stamp(tag: int, sector: int) -> bytes:
+    return (tag << 32 | sector + 1).to_bytes(8, "little") * (SECTOR // 8)
+
+
+class Setup:
+    """An image to crash: its first content, its backing file, and how to open a state of it."""
+
+    def __init__(self, directory: Path, shape: Shape, backing: bool, **spec: Any) -> None:
+        self.shape = shape
+        self.sectors = shape.size // SECTOR
+        self.backing = backing
+        self.base = MemoryStorage(b"".join(stamp(0xBA5E, s) for s in range(shape.backing_size // SECTOR)), "base")
+        (directory / "base").write_bytes(self.base.data)
+        if backing:
+            spec.update(backing="base", no_probe=True)
+        second = shape.table_span // shape.cluster_size  # guest cluster
+        layout = {0: "data", 1: "zero", 2: "-", 3: "data", second - 1: "data", second: "data", second + 2: "zero"}
+        spec.setdefault("layout", layout)
+        built = build(
+            directory / "first.qed",
+            ImageSpec(cluster_size=shape.cluster_size, table_size=shape.table_size, size=shape.size, **spec),
+        )
+        self.first = Path(built.path).read_bytes()
+        self.scratch = directory / "state.qed"
+        self._pristine = self.open(MemoryStorage(self.first), writable=False)
+
+    def initial(self, sector: int) -> bytes:
+        return self._pristine.pread(SECTOR, sector * SECTOR)
+
+    def open(self, storage: Storage, writable: bool = True) -> QEDImage:
+        def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
+            return storage if path == IMAGE else self.base
+
+        return open_image(IMAGE, writable, opener=opener)
+
+    def hot(self, rng: random.Random) -> list[int]:
+        """Sectors where guests like to write: around the borders of clusters, tables and files."""
+        cluster, table = self.shape.cluster_size // SECTOR, self.shape.table_span // SECTOR
+        end = min(self.shape.backing_size, self.shape.size) // SECTOR
+        middle = rng.randrange(self.sectors // cluster) * cluster
+        return [
+            0,
+            cluster,
+            5 * cluster,
+            table - cluster,
+            table + 3 * cluster,
+            end - 4,
+            self.sectors - 2 * cluster,
+            middle,
+        ]
+
+
+class CommittedFlushes:
+    """A storage whose flushes are shared, as those of a file are."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._commit = GroupCommit(storage.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def flush(self) -> None:
+        if self.heard():
+            self._commit.flush()
+
+    @staticmethod
+    def heard() -> bool:
+        """False: this flush is left out.  For hazards."""
+        return True
+
+
+class History:
+    """What was done to an image, and what its guest was told: (ops before it, a method of GuestModel, arguments)."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.world = World(files={IMAGE: setup.first})
+        self.model = GuestModel(setup.initial, setup.sectors)
+        self.events: list[tuple[int, str, tuple[Any, ...]]] = []
+
+    def tell(self, method: str, *args: Any) -> Any:
+        result = getattr(self.model, method)(*args)
+        self.events.append((len(self.world.log), method, args))
+        return result
+
+
+@contextmanager
+def small_steps(shape: Shape) -> Iterator[None]:
+    """Growth and maintenance in steps of a few clusters: more happens in small files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alloc, "GROWTH_STEP", 8 * shape.cluster_size)
+        patch.setattr(compact, "WINDOW", 4 * shape.cluster_size)
+        yield
+
+
+class Guest:
+    """Random requests of one thread; `tags` are shared by all."""
+
+    def __init__(
+        self, setup: Setup, history: History, image: QEDImage, rng: random.Random, tags: Iterator[int]
+    ) -> None:
+        self._setup = setup
+        self._tell = history.tell
+        self._model = history.model
+        self._image = image
+        self._rng = rng
+        self._tags = tags
+        self._hot = setup.hot(rng)
+
+    def run(self, requests: int) -> None:
+        for _ in range(requests):
+            request = self._rng.choices(
+                (self._write, self._zero, self._trim, self._flush, self._read, self._idle), (45, 12, 10, 16, 9, 8)
+            )
+            request[0]()
+
+    def _range(self, lengths: tuple[int, ...]) -> tuple[int, int]:
+        """(first, n) sectors."""
+        n = self._rng.choice(lengths)
+        first = min(self._rng.choice(self._hot) + self._rng.randrange(20), self._setup.sectors - n)
+        return first, n
+
+    def _clusters(self) -> tuple[int, int]:
+        """(first, n) sectors, often of whole clusters."""
+        cluster = self._setup.shape.cluster_size // SECTOR
+        first, n = self._range((cluster, 2 * cluster, 3 * cluster, cluster + 3))
+        return (first - first % cluster if self._rng.random() < 0.7 else first), n
+
+    def _write(self) -> None:
+        first, n = self._range((1, 1, 2, 8, 9, 30))
+        tag = next(self._tags)
+        data = b"".join(stamp(tag, sector) for sector in range(first, first + n))
+        fua = self._rng.random() < 0.15
+        write = self._tell("begin", first, data)
+        self._image.pwrite(data, first * SECTOR, fua=fua)
+        self._tell("end_fua" if fua else "end", write)
+
+    def _zero(self) -> None:
+        first, n = self._clusters() if self._rng.random() < 0.6 else self._range((1, 2, 8, 9, 30))
+        fua = self._rng.random() < 0.15
+        write = self._tell("begin", first, bytes(n * SECTOR))
+        self._image.zero(first * SECTOR, n * SECTOR, fua, may_trim=self._rng.random() < 0.5)
+        self._tell("end_fua" if fua else "end", write)
+
+    def _trim(self) -> None:
+        """Which of it is freed is the engine's choice; from then on it is what reads back."""
+        first, n = self._clusters()
+        write = self._tell("begin", first, bytes(n * SECTOR), False)
+        self._image.trim(first * SECTOR, n * SECTOR)
+        self._tell("end", write)
+        if self._model.alone(write):
+            found = self._image.pread(n * SECTOR, first * SECTOR)
+            if self._model.alone(write):
+                self._tell("settle", write, found)
+
+    def _flush(self) -> None:
+        began = self._tell("begin_flush")
+        self._image.flush()
+        self._tell("end_flush", began)
+
+    def _read(self) -> None:
+        first, n = self._range((1, 8, 30))
+        read = self._model.begin_read(range(first, first + n))
+        self._model.check_read(read, self._image.pread(n * SECTOR, first * SECTOR))
+
+    def _idle(self) -> None:
+        """The timer fires."""
+        assert self._image._gate is not None
+        self._image._gate.clear()
+
+
+def record(setup: Setup, rng: random.Random, threads: int = 3, requests: int = 12, phases: int = 2) -> History:
+    """Run guests, `requests` of each thread in each phase, with maintenance between.  Raises Violation."""
+    history = History(setup)
+    world = history.world
+    scheduler = Scheduler(rng)
+    world.pause = scheduler.pause
+    tags = iter(range(1, 1 << 32))
+
+    def reopened() -> QEDImage:
+        return setup.open(CommittedFlushes(world.open(IMAGE, True, CacheMode())))
+
+    def close(image: QEDImage) -> None:
+        began = history.tell("begin_flush")
+        if rng.random() < 0.7:
+            compact.tidy(image)
+        image.close()
+        history.tell("end_flush", began)
+
+    with small_steps(setup.shape), scheduler.locks():
+        image = reopened()
+        for phase in range(phases):
+            if phase:
+                todo = rng.choice(("nothing", "reopen", "leaks", "all", "compact", "tidy"))
+                if todo == "compact":
+                    compact.compact(image, zeros=rng.random() < 0.5)
+                elif todo == "tidy":
+                    compact.tidy(image)
+                elif todo != "nothing":
+                    close(image)
+                    if todo != "reopen":
+                        Repair(world.open(IMAGE, True, CacheMode())).run(everything=todo == "all")
+                    image = reopened()
+            guests = [Guest(setup, history, image, rng, tags) for _ in range(threads)]
+            scheduler.run([lambda guest=guest: guest.run(requests) for guest in guests])  # type: ignore[misc]
+        close(image)
+    setup.scratch.write_bytes(world.files[IMAGE])
+    assert_sound(setup.scratch, leaks=None)
+    _compare(setup.open(MemoryStorage(world.files[IMAGE]), writable=False), history.model.after_kill, "closed")
+    return history
+
+
+def check(setup: Setup, history: History, rng: random.Random, subsets: int = 4, limit: int = 1 << 62) -> int:
+    """Look at the states that crashes may leave, `limit` of them at most; how many.  Raises Violation."""
+    model = GuestModel(setup.initial, setup.sectors)
+    events = iter([*history.events, (1 << 62, "", ())])
+    ops, method, args = next(events)
+    states = 0
+    with small_steps(setup.shape):
+        for state in history.world.crash_states(rng, subsets):
+            while ops <= state.ops:
+                getattr(model, method)(*args)
+                ops, method, args = next(events)
+            states += _check_state(setup, state, model.after_kill if state.whole else model.after_crash, rng)
+            if states >= limit:
+                break
+    return states
+
+
+def _check_state(setup: Setup, state: State, choices: Mapping[int, list[Choice]], rng: random.Random) -> int:
+    states = 1
+    try:
+        if rng.randrange(_AGAIN) == 0:
+            for again in _crashes_of_recovery(setup, state, rng):
+                states += 1
+                _check_open(setup, again, choices, rng)
+        _check_open(setup, state, choices, rng)
+    except QEDError as error:
+        raise Violation(f"{state.name}: {error}") from error
+    return states
+
+
+def _crashes_of_recovery(setup: Setup, state: State, rng: random.Random) -> list[State]:
+    """Some states that a crash during the opening of this state may leave."""
+    world = World(files={IMAGE: bytes(state.files[IMAGE])})
+    setup.open(world.open(IMAGE, True, CacheMode()))
+    states = list(world.crash_states(rng))
+    chosen = rng.sample(states, min(_AGAIN_STATES, len(states)))
+    return [found._replace(name=f"{state.name}; opened; {found.name}") for found in chosen]
+
+
+def _check_open(setup: Setup, state: State, choices: Mapping[int, list[Choice]], rng: random.Random) -> None:
+    """Open a state as a user would and compare; sometimes write to it, compare again, and close it."""
+    storage = MemoryStorage()
+    storage.data = state.files[IMAGE]
+    image = setup.open(storage)
+    _compare(image, choices, state.name)
+    if rng.randrange(_DEEP):
+        return
+    # New allocations must not land on anything that is in use.
+    runs = _runs(choices)
+    before = [bytearray(image.pread(len(run) * SECTOR, run.start * SECTOR)) for run in runs]
+    for tag in range(3):
+        sector = rng.randrange(setup.sectors)
+        image.pwrite(stamp(0xF00 + tag, sector), sector * SECTOR)
+        for run, content in zip(runs, before):
+            if sector in run:
+                at = (sector - run.start) * SECTOR
+                content[at : at + SECTOR] = stamp(0xF00 + tag, sector)
+    for run, content in zip(runs, before):
+        if image.pread(len(content), run.start * SECTOR) != content:
+            raise Violation(f"{state.name}: sectors {run} changed when others were written after the crash")
+    image.close()
+    if image.header.features & FEATURE_NEED_CHECK:
+        raise Violation(f"{state.name}: not clean after a clean close")
+    damage: list[Damage] = []
+    # Leaks in the middle of the file are allowed: later entries may survive earlier ones.
+    scan(image, damage.append)
+    if damage:
+        raise Violation(f"{state.name}: {[str(found) for found in damage]}")
+
+
+def scan(image: QEDImage, report: Callable[[Damage], None]) -> None:
+    Scan(image.storage, image.geometry, image._bounds, image.header.l1_table_offset, report=report).run()
+
+
+def _runs(sectors: Iterable[int]) -> list[range]:
+    """The same sectors, neighbours together."""
+    runs: list[range] = []
+    for sector in sorted(sectors):
+        if runs and runs[-1].stop == sector:
+            runs[-1] = range(runs[-1].start, sector + 1)
+        else:
+            runs.append(range(sector, sector + 1))
+    return runs
+
+
+def _compare(image: QEDImage, choices: Mapping[int, list[Choice]], name: str) -> None:
+    for run in _runs(choices):
+        found = image.pread(len(run) * SECTOR, run.start * SECTOR)
+        for i, sector in enumerate(run):
+            value = found[i * SECTOR : (i + 1) * SECTOR]
+            for choice, _ in choices[sector]:
+                if choice == value:
+                    break
+            else:
+                raise Violation(f"{name}: sector {sector} holds {value[:8].hex()}, which it may not")

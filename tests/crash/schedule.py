@@ -1,0 +1,168 @@
+"""Threads that take turns: one runs at a time, and a seed says who goes on wherever another may.
+
+The engine's locks are replaced by ones that tell the scheduler when a thread waits, so a run is reproduced by its
+seed, and a deadlock is found at once.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qedcore import claims, l2_cache, locks
+
+_MODULES = (claims, l2_cache, locks)  # those that make the locks of an image
+
+
+class Deadlock(AssertionError):
+    """Every thread waits for another."""
+
+
+def _always() -> bool:
+    return True
+
+
+class _Task:
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work = work
+        self.turn = threading.Semaphore(0)
+        self.ready: Callable[[], bool] = _always
+        self.over = False
+
+
+class Scheduler:
+    """Runs jobs in threads of their own, in an order that `rng` chooses."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._tasks: list[_Task] = []
+        self._current: _Task | None = None
+        self._finished = threading.Semaphore(0)
+        self._errors: list[BaseException] = []
+
+    def run(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Returns when all have ended; raises the first error.  Jobs that wait for ever are left behind."""
+        self._tasks = [_Task(job) for job in jobs]
+        for task in self._tasks:
+            threading.Thread(target=self._run_task, args=(task,), daemon=True).start()
+        self._pass_on()
+        self._finished.acquire()
+        self._current = None
+        if self._errors:
+            raise self._errors[0]
+
+    def _run_task(self, task: _Task) -> None:
+        task.turn.acquire()
+        try:
+            task.work()
+        except BaseException as error:  # noqa: BLE001 - raised again by run()
+            self._errors.append(error)
+        task.over = True
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Let somebody who can go on do so."""
+        waiting = [task for task in self._tasks if not task.over]
+        ready = [task for task in waiting if task.ready()]
+        if not ready or self._errors:
+            if waiting and not self._errors:
+                self._errors.append(Deadlock(f"{len(waiting)} threads wait for each other"))
+            self._finished.release()
+            return
+        self._current = self._rng.choice(ready)
+        self._current.turn.release()
+
+    def pause(self) -> None:
+        """Others may go on here."""
+        task = self._current
+        if task is not None:
+            self._pass_on()
+            task.turn.acquire()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        task = self._current
+        if condition():
+            return
+        if task is None:
+            raise Deadlock("the only thread waits")
+        task.ready = condition
+        self.pause()
+        task.ready = _always
+
+    @contextmanager
+    def locks(self) -> Iterator[None]:
+        """The locks that the engine makes meanwhile are this scheduler's."""
+        made = SimpleNamespace(
+            Lock=lambda: _Lock(self),
+            Condition=lambda lock: _Condition(self, lock),
+            Event=lambda: _Event(self),
+            get_ident=threading.get_ident,
+            local=threading.local,
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            for module in _MODULES:
+                patch.setattr(module, "threading", made)
+            yield
+
+
+class _Lock:
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._held = False
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        self._scheduler.wait_until(lambda: not self._held)
+        self._held = True
+        return True
+
+    def release(self) -> None:
+        self._held = False
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class _Condition:
+    def __init__(self, scheduler: Scheduler, lock: Any) -> None:
+        self._scheduler = scheduler
+        self._lock = lock
+        self._calls = 0  # of notify_all()
+        self.acquire = lock.acquire
+        self.release = lock.release
+
+    def wait(self, timeout: float | None = None) -> bool:
+        calls = self._calls
+        self._lock.release()
+        self._scheduler.wait_until(lambda: self._calls != calls)
+        self._lock.acquire()
+        return True
+
+    def notify_all(self) -> None:
+        self._calls += 1
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+class _Event:
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._set = False
+
+    def set(self) -> None:
+        self._set = True
+
+    def wait(self) -> None:
+        self._scheduler.wait_until(lambda: self._set)
