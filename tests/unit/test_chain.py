@@ -129,6 +129,9 @@ NO_NAMES = (
     'json:{"driver": "qed"}',
     "json:{'driver':'qed','file.filename':'x','y':'z'}",
     "json:" + "[" * 99999,
+    'json:{"driver":"raw","file.filename":"a\\u0000b"}',
+    'json:{"driver":"raw","file.filename":"\\ud800"}',
+    'json:{"driver":"nbd","host":"a\\u0000b"}',
 )
 
 
