@@ -58,6 +58,7 @@ HANGUP_ABORT = "raw_send_socket: Assertion"
 MAX_THREADS = CLIENTS * 17 + 8  # nbdkit has 16 and one for each connection
 MAX_DESCRIPTORS = 24 + 4 * CLIENTS
 MAX_GROWTH = 8 * MiB  # bytes of memory, from the second quarter of a life to the last
+PATIENCE = 60  # seconds: no disk takes longer for a flush
 LONG_LIFE = 20.0  # seconds: growth is looked at from here on
 
 
@@ -132,8 +133,8 @@ class Client(threading.Thread):
         try:
             if handle.aio_is_dead() or handle.aio_is_closed():
                 raise self.nbd.Error("closed")
-            if handle.poll(20_000) == 0:
-                raise AssertionError(f"no answer in 20 s to {len(self._busy)} requests")
+            if handle.poll(PATIENCE * 1000) == 0:
+                raise AssertionError(f"no answer in {PATIENCE} s to {len(self._busy)} requests")
         except self.nbd.Error:
             if not self.ending.is_set():
                 raise
@@ -371,7 +372,7 @@ class Soak:
             for client in clients:
                 client.stop.set()
         for client in clients:
-            client.join(60)
+            client.join(2 * PATIENCE)
             assert not client.is_alive(), "a client hangs"
         for client in clients:
             if client.error is not None:

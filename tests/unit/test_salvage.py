@@ -15,8 +15,11 @@ from support.qed_image import Built, Geometry, raw_reader
 
 from qedcore.cli import main
 from qedcore.errors import QEDError, StorageError
+from qedcore.geometry import Bounds
+from qedcore.geometry import Geometry as QedGeometry
 from qedcore.salvage import GOOD, GUESSED, LOST, ZERO, Range, Salvage
 from qedcore.storage.file import FileStorage
+from qedcore.trial import l1_shaped
 
 Image = Callable[..., Built]
 
@@ -243,3 +246,26 @@ def test_command_keeps_the_target_when_it_fails(
     assert out.read_bytes() == b"precious"
     assert "nothing in the file" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "image.qed", "out.raw"]
+
+
+class Counting(FileStorage):
+    """Counts the bytes that are read."""
+
+    read = 0
+
+    def pread_into(self, buf: Any, offset: int) -> None:
+        self.read += len(buf)
+        super().pread_into(buf, offset)
+
+
+def test_holes_in_large_clusters_are_not_read(image: Image) -> None:
+    """A possible L1 table of 1 GiB has a few entries, and a search looks at many such places."""
+    geometry = QedGeometry(64 * MiB, 16)
+    built = image(cluster_size=64 * MiB, table_size=16, layout={0: "data", 3: "data"})
+    storage = Counting(built.path, writable=False)
+    try:
+        found = list(l1_shaped(storage, geometry, Bounds(geometry, 1, storage.size())))
+        assert built.l1_offset in found
+        assert storage.read < 64 * MiB
+    finally:
+        storage.close()
