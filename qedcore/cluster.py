@@ -16,7 +16,10 @@ from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from .l2_cache import L2Cache
 from .locks import KeyedLocks, Rank, ranked_lock
 from .past_end import PastEnd
+from .runs import Runs
 from .table import Table, TableIO, empty
+
+_SHORT = 32  # entries of a run that are compared one by one, before Runs pays
 
 
 class Kind(enum.IntEnum):
@@ -44,6 +47,7 @@ class ClusterMap:
         self.cache = cache
         self.l1_offset = l1_offset  # bytes
         self.l1: Table = tables.read(l1_offset, geometry.l1_entries(image_size))  # as far as the device reaches
+        self._runs = Runs(geometry.cluster_size)
         self.l1_lock = ranked_lock(Rank.L1)
         self.table_locks = KeyedLocks(Rank.L2_TABLE)  # keyed by L1 index: a missing table has no offset yet
         self._doubtful_l1: set[int] = set()  # indexes whose last write failed (I3)
@@ -81,21 +85,41 @@ class ClusterMap:
         if first > ZERO_CLUSTER:
             self._check_entry(first, pos)
             expected = first
-            for i in range(index + 1, last):
+            for i in range(index + 1, min(last, index + _SHORT)):
                 expected += geo.cluster_size
                 if table[i] != expected:
                     last = i
                     break
+            else:
+                if last - index > _SHORT:
+                    expected += geo.cluster_size
+                    last = self._runs.end_of_run(table, index + _SHORT, last, expected)
+                    expected = first + ((last - index) << geo.l2_shift)
             if expected >= self.bounds.end:
                 # Only as far as the file goes; the next lookup reports the entry that is outside.
                 last = min(last, index + (self.bounds.end - first) // geo.cluster_size)
             return FOUND, first + into, min(length, ((last - index) << geo.l2_shift) - into)
-        for i in range(index + 1, last):
+        for i in range(index + 1, min(last, index + _SHORT)):
             if table[i] != first:
                 last = i
                 break
+        else:
+            if last - index > _SHORT:
+                last = self._runs.end_of_same(table, index + _SHORT, last, first)
         kind = NO_CLUSTER if first == UNALLOCATED else ZERO
         return kind, 0, min(length, ((last - index) << geo.l2_shift) - into)
+
+    def gap(self, pos: int, length: int) -> int:
+        """Bytes from pos, where there is no L2 table, to the next table; `length` at most."""
+        geo = self.geometry
+        index, last = pos >> geo.l1_shift, ((pos + length - 1) >> geo.l1_shift) + 1
+        if self._doubtful_l1:
+            end = index + 1
+        elif last - index <= _SHORT:
+            end = next((i for i in range(index + 1, last) if self.l1[i]), last)
+        else:
+            end = self._runs.end_of_same(self.l1, index + 1, last, UNALLOCATED)
+        return min(length, (end << geo.l1_shift) - pos)
 
     def slice_at(self, pos: int) -> Table | None:
         """The slice that maps pos; None where there is no L2 table.  Raises like lookup."""

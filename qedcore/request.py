@@ -164,7 +164,11 @@ class Requests:
         end = pos + length
         while pos < end:
             kind, _, n = self._clusters.lookup(pos, end - pos)
-            if kind is not FOUND and kind is not ZERO:
+            if kind is NO_TABLE:
+                n = self._clusters.gap(pos, end - pos)  # often over many tables
+            if kind is not ZERO and kind is not FOUND and self.backing is None:
+                kind = ZERO
+            elif kind is not FOUND and kind is not ZERO:
                 storage, _, n = find_data(self.backing, pos, n)
                 kind = ZERO if storage is None else FOUND
             if found and found[-1][1] is kind:

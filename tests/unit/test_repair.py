@@ -228,7 +228,8 @@ def test_numpy_finds_the_same_in_many_tables(
 ) -> None:
     """Tables that are runs, shuffled, sparse, blank, or holes in the file: sound, and with one wrong entry."""
     path = tmp_path / "a.qed"
-    for damaged in (False, False, True):
+    full = ["run", "run", "shuffled", "pieces"]
+    for damaged, kinds in (False, full), (False, [*full, "sparse", "zeros", "blank", "hole"]), (True, full):
         built = build(path, ImageSpec(**SMALL, size=tables * E * CS))
         places = list(range(tables))
         rng.shuffle(places)
@@ -236,7 +237,7 @@ def test_numpy_finds_the_same_in_many_tables(
         contents = []
         for number in range(tables):
             entries = [data + (number * E + n) * CS for n in range(E)]
-            kind = rng.choice(["run", "run", "shuffled", "pieces", "sparse", "zeros", "blank", "hole"])
+            kind = rng.choice(kinds)
             if kind == "shuffled":
                 rng.shuffle(entries)
             elif kind == "pieces":

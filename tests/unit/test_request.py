@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -934,6 +935,67 @@ def test_extents(tapped: Tapped, rng: random.Random, backing: int) -> None:
 
 
 # Two requests at a time, one step after the other
+
+
+@pytest.mark.parametrize("backing", [0, 30 * MiB])
+def test_extents_of_long_runs(image: Image, tmp_path: Path, rng: random.Random, backing: int) -> None:
+    """Runs of all lengths in many tables, and gaps of many tables, against one cluster after the other."""
+    entries, tables = 2048, 80
+    reach = entries * 4 * KiB
+    size = tables * reach - 512
+    base = tmp_path / "base.raw"
+    with base.open("wb") as f:
+        f.truncate(backing)
+    path = image(
+        cluster_size=4 * KiB, table_size=4, size=size, backing=str(base) if backing else None, features=4
+    ).path
+    start = path.stat().st_size
+    present = [*rng.sample(range(4), 2), *rng.sample(range(45, tables), 12), tables - 1]  # a gap of 41 tables
+    data = start + len(present) * 16 * KiB
+    guest = [0] * (tables * entries)  # the entry of each guest cluster
+    for number in present:
+        at = number * entries
+        while at < (number + 1) * entries:
+            n = min(rng.choice([1, 2, 31, 32, 33, 34, 64, 95, 500, entries]), (number + 1) * entries - at)
+            kind = rng.randrange(3)
+            first = data + rng.randrange(1 << 14) * 4 * KiB
+            guest[at : at + n] = [kind] * n if kind < 2 else range(first, first + n * 4 * KiB, 4 * KiB)
+            at += n
+    with path.open("r+b") as file:
+        file.truncate(data + (1 << 26) + entries * 4 * KiB)
+        for i, number in enumerate(present):
+            file.seek(4 * KiB + number * 8)
+            file.write(struct.pack("<Q", start + i * 16 * KiB))
+            file.seek(start + i * 16 * KiB)
+            file.write(struct.pack(f"<{entries}Q", *guest[number * entries : (number + 1) * entries]))
+
+    def has_data(cluster: int) -> bool:
+        return guest[cluster] > 1 or (guest[cluster] == 0 and cluster * 4 * KiB < backing)
+
+    with qedcore.open_image(path) as img:
+        edges = [number * reach for number in present] + [4 * reach, 45 * reach, backing, size]
+        for _ in range(100):
+            pos = min(max(rng.choice(edges) + rng.randrange(-40, 40) * rng.choice([1, 512, 4096]), 0), size - 1)
+            length = min(rng.choice([1, 4096, 33 * 4096, reach, 3 * reach, size]), size - pos)
+            want: list[tuple[int, bool]] = []
+            at = pos
+            while at < pos + length:
+                n = min(4096 - at % 4096, pos + length - at)
+                at += n
+                here = has_data((at - 1) // 4096)
+                if want and want[-1][1] is here:
+                    n += want.pop()[0]
+                want.append((n, here))
+            assert [(n, kind.name == "FOUND") for n, kind in img.extents(pos, length)] == want, (pos, length)
+            assert [(n, kind.name == "FOUND") for n, kind in img.extents(pos, length, one=True)] == want[:1]
+            kind, offset, n = img.lookup(pos, length)
+            cluster, entry = pos // 4096, guest[pos // 4096]
+            last = cluster + 1
+            end = min(-(-(pos + length) // 4096), (cluster // entries + 1) * entries)
+            while last < end and guest[last] == (entry + (last - cluster) * 4096 if entry > 1 else entry):
+                last += 1
+            assert n == min(last * 4096 - pos, length)
+            assert offset == (entry + pos % 4096 if entry > 1 else 0)
 
 
 def stop_at(gate: Gate, matches: Callable[[Call], bool]) -> Hook:
