@@ -175,6 +175,7 @@ class QEDImage:
             self._log,
         )
         with self._gate:
+            self.storage.flush()  # what requests have unlinked may be overwritten from here on
             try:
                 yield metadata
                 self.size = self._requests.size

@@ -15,6 +15,7 @@ The L1 lock is taken inside link_table only.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from threading import get_ident
 from typing import Protocol
 
@@ -271,36 +272,59 @@ class WritableRequests(Requests):
         self._storage.pwrite(view, offset)
 
     def _allocating_write(self, claim: Claim, view: memoryview, pos: int) -> int:
-        """Write a claimed run, or its first part; returns the bytes.  The gate is held."""
+        """Write what is claimed of `view`; returns the bytes.  The gate is held.
+
+        However many pieces of the file it is made of, there is one flush and one write to the table.
+        """
         geo, kind = self._geometry, claim.kind
         into = pos & geo.cluster_mask
-        extent = self._allocator.allocate(claim.end - claim.first)
-        n = extent.n
-        view = view[: (n << geo.l2_shift) - into]
-        # The data before the entry: a crash must not show zeros where the backing file's data was, nor what a reused
-        # cluster held before.  It may also lose the growth of the file: the repair then drops the entry, and what is
-        # below would show where zeros were.
-        must_flush = not extent.fresh or self.backing is not None
+        view = view[: (claim.end << geo.l2_shift) - pos]
+        extents: list[Extent] = []
         try:
-            head = self.prefill(kind, pos - into, into, extent)
-            tail = self.postfill(kind, pos + len(view), (n << geo.l2_shift) - into - len(view), extent)
-            self.write_main(extent.offset + into, head, view, tail)
+            missing = claim.end - claim.first
+            while missing:
+                extents.append(self._allocator.allocate(missing))
+                missing -= extents[-1].n
+            head = self.prefill(kind, pos - into, into, extents[0])
+            length = (claim.end << geo.l2_shift) - pos - len(view)
+            tail = self.postfill(kind, pos + len(view), length, extents[-1])
+            self._write_pieces(into, head, view, tail, extents)
+            # The data before the entry: a crash must not show zeros where the backing file's data was, nor what a
+            # reused cluster held before.  It may also lose the growth of the file: the repair then drops the entry,
+            # and what is below would show where zeros were.
+            must_flush = self.backing is not None or not all(extent.fresh for extent in extents)
             if must_flush and kind is not NO_TABLE:  # a new table is flushed with its data
                 self._storage.flush()
                 must_flush = False
         except BaseException:
-            self._allocator.release(extent)
+            self._release(extents)
             raise
-        self._link_data(pos, extent, must_flush)
+        self._link_data(pos, extents, must_flush)
         return len(view)
 
-    def _link_data(self, pos: int, extent: Extent, must_flush: bool) -> None:
+    def _write_pieces(
+        self, into: int, head: ReadBuffer, view: memoryview, tail: ReadBuffer, extents: list[Extent]
+    ) -> None:
+        """Write `view` from byte `into` of the first extent on, `head` just before it, and `tail` right after it."""
+        last = len(extents) - 1
+        for i, extent in enumerate(extents):
+            size = (extent.n << self._l2_shift) - into
+            self.write_main(extent.offset + into, b"" if i else head, view[:size], tail if i == last else b"")
+            view, into = view[size:], 0
+
+    def _release(self, extents: Iterable[Extent]) -> None:
+        for extent in extents:
+            self._allocator.release(extent)
+
+    def _link_data(self, pos: int, extents: list[Extent], must_flush: bool) -> None:
         """Link new data clusters for pos.  The gate and a claim are held."""
-        entries = contiguous(extent.offset, extent.n, self._cluster_size)
+        entries = array("Q")
+        for extent in extents:
+            entries += contiguous(extent.offset, extent.n, self._cluster_size)
         table_lock = self._clusters.table_locks.hold(pos >> self._geometry.l1_shift)
         with table_lock:
             if not self._clusters.l2_offset(pos):
-                self._link_new_table(pos, entries, extent)
+                self._link_new_table(pos, entries, extents)
                 return
             if not must_flush:
                 self._link(pos, entries)
@@ -308,7 +332,7 @@ class WritableRequests(Requests):
         try:
             self._storage.flush()  # another write has made the table meanwhile
         except BaseException:
-            self._allocator.release(extent)
+            self._release(extents)
             raise
         with table_lock:
             self._link(pos, entries)
@@ -356,8 +380,8 @@ class WritableRequests(Requests):
             self._gate.fail()  # either entry may be on disk: their clusters are neither free nor certain
             raise
 
-    def _link_new_table(self, pos: int, entries: Table, extent: Extent | None) -> None:
-        """Make an L2 table with `entries` from pos on; `extent` holds their data, if they have any.  L2 lock held."""
+    def _link_new_table(self, pos: int, entries: Table, extents: Iterable[Extent]) -> None:
+        """Make an L2 table with `entries` from pos on; `extents` hold their data.  L2 lock held."""
         clusters = self._clusters
         new = None
         try:
@@ -366,9 +390,9 @@ class WritableRequests(Requests):
             # The table, and its data, before the L1 entry: a crash may lose all of it, not leave garbage linked.
             self._storage.flush()
         except BaseException:
-            for unused in (extent, new):
-                if unused is not None:
-                    self._allocator.release(unused)
+            self._release(extents)
+            if new is not None:
+                self._allocator.release(new)
             raise
         try:
             clusters.link_table(pos, table, new.offset)
@@ -429,7 +453,7 @@ class WritableRequests(Requests):
             if other is None:
                 entries = array("Q", (ZERO_CLUSTER,)) * (end - first)
                 if kind is NO_TABLE:
-                    self._link_new_table(pos, entries, None)
+                    self._link_new_table(pos, entries, ())
                 else:
                     self._link(pos, entries)
                 return n

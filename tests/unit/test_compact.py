@@ -322,6 +322,20 @@ def test_crash_after_dropping(image: Image, small_window: None) -> None:
     assert assert_sound(path).allocated == 5
 
 
+def test_crash_after_freeing(image: Image, small_window: None) -> None:
+    """A crash may bring back the entry of a cluster that was just freed: nothing is moved there before it cannot."""
+    path = image(**SMALL, size=100 * CS, layout=dict.fromkeys(range(20), "data"), reverse=True).path
+    before = guest(path)
+    world = World(path)
+    with qedcore.open_image(path, opener=world.open) as img:
+        img.pwrite(b"x", 0)
+        img.flush()
+        img.trim(0, CS)
+        compact(img)
+    written = b"x" + before[1:]
+    assert check_crashes(world, path, [before, written, bytes(CS) + before[CS:]]) > 20
+
+
 @pytest.mark.parametrize("kind", [StorageError, KeyboardInterrupt])
 def test_stopped_anywhere(image: Image, small_window: None, kind: type[BaseException]) -> None:
     """An error or Ctrl-C at any op: nothing is lost, NEED_CHECK asks for the repair, and the next run finishes."""

@@ -655,6 +655,27 @@ def test_a_write_longer_than_the_free_run(tapped: Tapped) -> None:
     assert_sound(built.path)
 
 
+@pytest.mark.parametrize("backing", [0, 16 * MiB], ids=["alone", "backing"])
+def test_many_pieces_are_flushed_and_linked_at_once(tapped: Tapped, backing: int) -> None:
+    img, tap, built = tapped(layout=dict.fromkeys(range(40), "data"), size=8 * MiB, backing=backing)
+    for n in range(0, 40, 2):
+        img.trim(n * CS, CS)
+    img.flush()
+    before = img.pread(40 * CS, 45 * CS)
+    tap.log.clear()
+    data = stamp(5, 100, 19 * CS - 300)
+    img.pwrite(data, 45 * CS + 100)
+    log = logged(tap)
+    assert len([call for call in log if call[0] == "pwrite" and call[2] >= CS - 300]) == 19  # holes of one cluster
+    assert log.count(FLUSH) == bool(backing) and log[-1] == ("pwrite", built.l2_offsets[0], 512)
+    want = before[:100] + data + before[100 + len(data) :]
+    assert_same(img.pread(40 * CS, 45 * CS), want)
+    img.close()
+    assert_sound(built.path, leaks=None)
+    with QedFile(built.path) as file:
+        assert_same(file.read(45 * CS, 40 * CS), want)
+
+
 def test_fill_trim_ten_times(tapped: Tapped) -> None:
     """The file does not grow beyond one fill and 5 %."""
     size = 4 * MiB
