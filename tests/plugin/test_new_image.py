@@ -13,7 +13,7 @@ import pytest
 from support import qemu
 from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import Built, assert_sound, read_header
-from support.server import Nbdkit, StartError
+from support.server import Nbdkit, refusal
 from support.tools import PLUGIN, TIMEOUT
 
 Serve = Callable[..., Nbdkit]
@@ -113,15 +113,8 @@ def test_two_servers_at_once(tmp_path: Path) -> None:
 
 def refused(directory: Path, params: list[str], *words: str) -> None:
     before = {path: path.read_bytes() for path in directory.iterdir() if path.is_file()}
-    server = Nbdkit(params, cwd=directory)
-    try:
-        with pytest.raises(StartError) as caught:
-            server.start()
-    finally:
-        server.remove()
-    lines = caught.value.log.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("nbdkit: "), caught.value.log
-    assert not [word for word in words if word not in lines[0]], lines[0]
+    line = refusal(params, directory)
+    assert not [word for word in words if word not in line], line
     assert {path: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
 
 

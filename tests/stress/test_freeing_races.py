@@ -9,31 +9,22 @@ from __future__ import annotations
 
 import random
 import struct
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import qemu
-from support.qed_image import assert_sound
+from stress.images import make_image, verify_metadata
 
 import qedcore
 from qedcore.compact import tidy
+
+pytestmark = pytest.mark.usefixtures("frequent_switches")
 
 KiB, MiB = 1024, 1024 * 1024
 SECTOR = 512
 THREADS = 8
 OPERATIONS = 250  # per thread
 STAMP = struct.Struct("<QQ")  # sector number, write number
-
-
-@pytest.fixture(autouse=True)
-def frequent_switches() -> Iterator[None]:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
 
 
 def stamped(sector: int, n: int, number: int) -> bytes:
@@ -118,30 +109,13 @@ def run(path: Path, seed: str, cluster_size: int, size: int, base: bytes) -> Non
         assert image.pread(size, 0) == content
 
 
-def make(tmp_path: Path, cluster_size: int, table_size: int, size: int, backing: bool) -> tuple[Path, bytes]:
-    base = stamped(0, size // 2 // SECTOR, 1 << 40) if backing else b""
-    if backing:
-        (tmp_path / "base.raw").write_bytes(base)
-    path = tmp_path / "image.qed"
-    qedcore.create(
-        path,
-        size,
-        cluster_size=cluster_size,
-        table_size=table_size,
-        backing_file="base.raw" if backing else None,
-        backing_fmt="raw",
-    )
-    return path, base
-
-
 @pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
 @pytest.mark.parametrize("geometry", [(4 * KiB, 1, MiB), (4 * KiB, 2, 6 * MiB), (64 * KiB, 4, 6 * MiB)], ids=str)
 def test_readers_race_freeing_and_reuse(
     tmp_path: Path, geometry: tuple[int, int, int], backing: bool, seed: str
 ) -> None:
     cluster_size, table_size, size = geometry
-    path, base = make(tmp_path, cluster_size, table_size, size, backing)
+    base = stamped(0, size // 2 // SECTOR, 1 << 40) if backing else b""
+    path = make_image(tmp_path, cluster_size, table_size, size, base)
     run(path, seed, cluster_size, size, base)
-    assert_sound(path)
-    if table_size > 1:
-        qemu.assert_check_clean(path)
+    verify_metadata(path, table_size)

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import random
 import struct
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import qemu
-from support.qed_image import assert_sound
+from stress.images import make_image, verify_metadata
 
 import qedcore
+
+pytestmark = pytest.mark.usefixtures("frequent_switches")
 
 KiB, MiB = 1024, 1024 * 1024
 SECTOR = 512
@@ -35,15 +35,6 @@ GEOMETRIES = [
     (64 * KiB, 16, 24 * MiB),
     (1 * MiB, 2, 64 * MiB),
 ]
-
-
-@pytest.fixture(autouse=True)
-def frequent_switches() -> Iterator[None]:
-    """Let threads take turns between nearly every two bytecodes that release the interpreter."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
 
 
 def run_threads(work: Callable[[int], None]) -> None:
@@ -72,26 +63,9 @@ def base_sector(sector: int) -> bytes:
 def make(tmp_path: Path, geometry: tuple[int, int, int], backing: bool) -> tuple[Path, int]:
     """An empty image of the geometry, over a shorter backing file of stamped sectors if wanted; its backing size."""
     cluster_size, table_size, size = geometry
-    base_size = 0
-    if backing:
-        base_size = size // 2 + 3 * SECTOR
-        (tmp_path / "base.raw").write_bytes(b"".join(map(base_sector, range(base_size // SECTOR))))
-    path = tmp_path / "image.qed"
-    qedcore.create(
-        path,
-        size,
-        cluster_size=cluster_size,
-        table_size=table_size,
-        backing_file="base.raw" if backing else None,
-        backing_fmt="raw",
-    )
-    return path, base_size
-
-
-def verify_metadata(path: Path, table_size: int) -> None:
-    assert_sound(path)
-    if table_size > 1:  # else QEMU cannot open it
-        qemu.assert_check_clean(path)
+    base_size = size // 2 + 3 * SECTOR if backing else 0
+    base = b"".join(map(base_sector, range(base_size // SECTOR)))
+    return make_image(tmp_path, cluster_size, table_size, size, base), base_size
 
 
 @pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])

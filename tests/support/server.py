@@ -231,6 +231,20 @@ class Nbdkit:
         self.kill()
 
 
+def refusal(params: Sequence[str], directory: Path) -> str:
+    """The one line with which nbdkit, started in `directory`, refuses these parameters; AssertionError otherwise."""
+    server = Nbdkit(params, cwd=directory)
+    try:
+        server.start()
+    except StartError as error:
+        lines = error.log.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("nbdkit: "), error.log
+        return lines[0]
+    finally:
+        server.remove()
+    raise AssertionError(f"nbdkit accepted {params}")
+
+
 class QemuNbd:
     """qemu-nbd on a Unix socket, for comparison; --fork returns once it listens."""
 
