@@ -425,13 +425,17 @@ class WritableRequests(Requests):
             for done in range(0, n, len(_ZEROS)):
                 self.write_data(offset + done, memoryview(_ZEROS)[: n - done])
             return n
-        if kind is ZERO or self.backing is None or pos >= self.backing.size:
+        if not self._has_data(kind, pos):
             return n
         if head or not whole:
             n = min(n, head or n, len(_ZEROS))
             return self.write_run(kind, offset, memoryview(_ZEROS)[:n], pos)
         with self._gate:
             return self._link_zero_clusters(pos, whole)
+
+    def _has_data(self, kind: Kind, pos: int) -> bool:
+        """Whether a run of this kind at pos may read as anything but zeros."""
+        return kind is FOUND or (kind is not ZERO and self.backing is not None and pos < self.backing.size)
 
     def _split(self, pos: int, n: int) -> tuple[int, int]:
         """Of n bytes from pos on: (those before the first whole cluster, those in whole clusters)."""
@@ -477,8 +481,7 @@ class WritableRequests(Requests):
         self._check_range(pos, length)
         while length:
             kind, _, n = self._clusters.lookup(pos, length)
-            has_data = kind is FOUND or (kind is not ZERO and self.backing is not None and pos < self.backing.size)
-            if has_data and (self._split(pos, n) != (0, n) or (kind is FOUND and not may_trim)):
+            if self._has_data(kind, pos) and (self._split(pos, n) != (0, n) or (kind is FOUND and not may_trim)):
                 return False
             pos += n
             length -= n
