@@ -225,7 +225,10 @@ def _joined(extents: list[Extent], cluster_size: int) -> list[Extent]:
 class NeedCheckGate:
     """The dirty period (I3, I4).  Every allocating request runs inside `with gate:`.
 
-    The condition protects all fields; it is not held across I/O: `_changing` keeps the others waiting instead.
+    The condition protects all fields but `_inside`; it is not held across I/O: `_changing` keeps the others waiting.
+    I5. A request that finds the gate open takes no lock: it notes itself in `_inside`, then looks at `_open`.  Who
+        shuts the gate clears `_open`, then looks at `_inside`.  So one of them sees the other; each step is one call
+        or store, atomic under the interpreter's lock.
     `clock` counts seconds.
     """
 
@@ -239,19 +242,30 @@ class NeedCheckGate:
         self._cond = ranked_condition(Rank.GATE)
         self._dirty = header.header.need_check  # NEED_CHECK is set and durable
         self._changing = False  # a thread is setting or clearing it
-        self._in_flight = 0  # allocating requests
+        self._open = self._dirty  # dirty, and nobody is changing that
+        self._inside: list[None] = []  # an item per allocating request
         self._failed = False  # I4
         self._last_use = clock()  # seconds
         self._closed = False
         self._timer: threading.Thread | None = None
 
     def __enter__(self) -> None:
-        cond = self._cond
-        with cond:
+        self._inside.append(None)
+        if not self._open:
+            self._inside.pop()
+            self._begin()
+
+    def __exit__(self, *_: object) -> None:
+        self._last_use = self._clock()
+        self._inside.pop()
+
+    def _begin(self) -> None:
+        """Enter when the gate is open, or open it: begin the dirty period."""
+        with self._cond:
             while self._changing:
-                cond.wait()
-            self._in_flight += 1
+                self._cond.wait()
             if self._dirty:
+                self._inside.append(None)
                 return
             self._changing = True
         try:
@@ -260,22 +274,27 @@ class NeedCheckGate:
             # clean, and the next allocation would reuse what they point at.
             self._storage.flush()
         except BaseException:
-            self._settle(dirty=False, finished=1)
+            self._settle(dirty=False)
             raise
+        self._inside.append(None)
         self._settle(dirty=True)
 
-    def __exit__(self, *_: object) -> None:
+    def _settle(self, dirty: bool) -> None:
         with self._cond:
-            self._in_flight -= 1
-            self._last_use = self._clock()
-
-    def _settle(self, dirty: bool, finished: int = 0) -> None:
-        with self._cond:
-            self._dirty = dirty
+            self._dirty = self._open = dirty
             self._changing = False
-            self._in_flight -= finished
             self._last_use = self._clock()
             self._cond.notify_all()
+
+    def _shut(self, idle: float) -> bool:
+        """Let nobody in any more, if nobody is inside and has been for `idle` seconds; _settle() ends it."""
+        with self._cond:
+            if not self._open or self._failed or self._clock() - self._last_use < idle:
+                return False
+            self._open = False
+            self._changing = not self._inside
+            self._open = not self._changing
+            return self._changing
 
     def fail(self) -> None:
         """A metadata write failed, or an image is damaged: keep NEED_CHECK until it was repaired (I4).
@@ -293,12 +312,8 @@ class NeedCheckGate:
 
         Raises StorageError; NEED_CHECK then stays on disk, or is set again by the next allocation.
         """
-        with self._cond:
-            if not self._dirty or self._changing or self._in_flight or self._failed:
-                return False
-            if self._clock() - self._last_use < idle:
-                return False
-            self._changing = True
+        if not self._shut(idle):
+            return False
         try:
             if self._allocator.pending:
                 self._allocator.flush()
@@ -332,7 +347,7 @@ class NeedCheckGate:
                     continue
                 # Not woken by each allocation: it looks again when the oldest possible deadline is over.
                 remaining = self._last_use + IDLE_SECONDS - self._clock()
-                if self._in_flight or self._changing or remaining > 0:
+                if self._inside or self._changing or remaining > 0:
                     self._cond.wait(max(remaining, 0.1))
                     continue
             try:

@@ -52,6 +52,7 @@ class ClusterMap:
         self.table_locks = KeyedLocks(Rank.L2_TABLE)  # keyed by L1 index: a missing table has no offset yet
         self._doubtful_l1: set[int] = set()  # indexes whose last write failed (I3)
         self._own_tables: set[int] = set()  # indexes of tables that need no screening (I4)
+        self._touched = -1  # index of the slice that was used last, by any thread
 
     def reload(self, l1_offset: int, image_size: int) -> None:
         """Read the tables again: they were changed on disk or moved, or the device resized.  No request in flight."""
@@ -74,16 +75,20 @@ class ClusterMap:
         checked that the range is inside the device.  Raises CorruptImageError and StorageError.
         """
         geo = self.geometry
-        length = min(length, (((pos >> geo.slice_shift) + 1) << geo.slice_shift) - pos)
+        room = (((pos >> geo.slice_shift) + 1) << geo.slice_shift) - pos
+        if length > room:
+            length = room
         table = self.slice_at(pos)
         if table is None:
             return NO_TABLE, 0, length
         index = (pos >> geo.l2_shift) & geo.slice_mask
         into = pos & geo.cluster_mask
-        last = index + geo.clusters(into + length)
+        last = index + ((into + length + geo.cluster_mask) >> geo.l2_shift)
         first = table[index]
         if first > ZERO_CLUSTER:
             self._check_entry(first, pos)
+            if last - index == 1:
+                return FOUND, first + into, length
             expected = first
             for i in range(index + 1, min(last, index + _SHORT)):
                 expected += geo.cluster_size
@@ -99,6 +104,9 @@ class ClusterMap:
                 # Only as far as the file goes; the next lookup reports the entry that is outside.
                 last = min(last, index + (self.bounds.end - first) // geo.cluster_size)
             return FOUND, first + into, min(length, ((last - index) << geo.l2_shift) - into)
+        kind = NO_CLUSTER if first == UNALLOCATED else ZERO
+        if last - index == 1:
+            return kind, 0, length
         for i in range(index + 1, min(last, index + _SHORT)):
             if table[i] != first:
                 last = i
@@ -106,7 +114,6 @@ class ClusterMap:
         else:
             if last - index > _SHORT:
                 last = self._runs.end_of_same(table, index + _SHORT, last, first)
-        kind = NO_CLUSTER if first == UNALLOCATED else ZERO
         return kind, 0, min(length, ((last - index) << geo.l2_shift) - into)
 
     def gap(self, pos: int, length: int) -> int:
@@ -123,13 +130,16 @@ class ClusterMap:
 
     def slice_at(self, pos: int) -> Table | None:
         """The slice that maps pos; None where there is no L2 table.  Raises like lookup."""
-        return self._slice_at(pos)
+        return self.table_at(pos)
 
-    def _slice_at(self, pos: int) -> Table | None:
+    def table_at(self, pos: int) -> Table | None:
+        """The same, outside the look-ups of a request (they are traced)."""
         slice_index = pos >> self.geometry.slice_shift
         table: Table | None = self.cache.slices.get(slice_index)
         if table is not None:
-            self.cache.touch(slice_index)
+            if slice_index != self._touched:
+                self._touched = slice_index
+                self.cache.touch(slice_index)
             return table
         offset = self.l2_offset(pos)
         if not offset:
@@ -166,11 +176,12 @@ class ClusterMap:
         After a failed write the slice is read again before its next use (I3).
         """
         geo = self.geometry
-        table = self._slice_at(pos)
+        table = self.table_at(pos)
         assert table is not None
         index = (pos >> geo.l2_shift) & geo.slice_mask
         try:
-            self.write_l2(self.l2_offset(pos) + geo.slice_offset(pos), table, index, entries)
+            # Its L1 entry is sound, and known: the slice was loaded through it.
+            self.write_l2(self.l1[pos >> geo.l1_shift] + geo.slice_offset(pos), table, index, entries)
         except StorageError:
             self.cache.discard(pos >> geo.slice_shift)
             raise

@@ -20,9 +20,10 @@ from .header import Header, HeaderUpdater, read_backing_name, read_header
 from .in_flight import InFlight
 from .l2_cache import L2Cache
 from .locks import Rank, ranked_lock
-from .request import ClosedRequests, Requests, Source, WritableRequests
+from .request import ClosedRequests, Requests, Source
 from .storage import ReadBuffer, Storage, WriteBuffer
 from .table import TableIO
+from .write import WritableRequests
 
 DEFAULT_L2_CACHE = 8 * MiB  # bytes: the tables of 64 GiB at the default geometry
 

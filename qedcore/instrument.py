@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from .alloc import Extent, NeedCheckGate
-from .claims import Claim
 from .cluster import FOUND, ClusterMap, Kind
 from .errors import QEDError, StorageError
 from .geometry import SECTOR
 from .image import Parts
 from .l2_cache import L2Cache
-from .request import Requests, WritableRequests
+from .request import Requests
 from .storage import ReadBuffer, Storage, WriteBuffer
 from .table import Table
 from .trace import FaultHook, Tracer
+from .write import WritableRequests
 
 _WRITE, _ZERO = 1, 2  # flags of qed_aio_setup
 
@@ -214,7 +214,7 @@ class TracedGate(_Probed, NeedCheckGate):
 
     def __exit__(self, *args: object) -> None:
         super().__exit__(*args)
-        if not self._in_flight:
+        if not self._inside:
             self.probe.start_timer(id(self._storage))
 
     def clear(self, idle: float = 0.0) -> bool:
@@ -271,9 +271,9 @@ class TracedWritableRequests(TracedRequests, WritableRequests):
         cluster = offset - (pos & self._cluster_mask) if kind is FOUND else 0
         probe.trace("qed_aio_write_data", id(self._storage), probe.acb, int(kind), cluster, len(view))
 
-    def _allocating_write(self, claim: Claim, view: memoryview, pos: int) -> int:
-        self._next_write(claim.kind, 0, view, pos)  # looked up again
-        return super()._allocating_write(claim, view, pos)
+    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> None:
+        self._next_write(kind, 0, view, pos)  # looked up again
+        super()._allocating_write(kind, view, pos)
 
     def prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
         probe = self.probe

@@ -79,51 +79,12 @@ def ranked_condition(rank: Rank, lock: Any = None) -> threading.Condition:
 
 
 class KeyedLocks:
-    """A lock per key, made when wanted and dropped when nobody wants it any more."""
+    """A lock per key, made when it is first wanted and kept: about 100 bytes for each L2 table that was changed."""
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self._guard = threading.Lock()  # leaf: protects the dictionary, never held while waiting
-        self._locks: dict[int, list[Any]] = {}  # key -> [lock, number of holders and waiters]
+        self._locks: dict[int, Any] = {}
 
-    def hold(self, key: int) -> _Held:
-        """`with locks.hold(key):` holds the lock of the key."""
-        return _Held(self, key)
-
-    def __len__(self) -> int:
-        return len(self._locks)
-
-
-class _Held:
-    """A class rather than a generator, and without calls of its own: it is in the path of every allocating write."""
-
-    __slots__ = ("_entry", "_key", "_locks")
-
-    def __init__(self, locks: KeyedLocks, key: int) -> None:
-        self._locks = locks
-        self._key = key
-
-    def __enter__(self) -> None:
-        locks = self._locks
-        with locks._guard:
-            entry = locks._locks.get(self._key)
-            if entry is None:
-                entry = locks._locks[self._key] = [ranked_lock(locks._rank), 0]
-            entry[1] += 1
-        self._entry = entry
-        try:
-            entry[0].acquire()
-        except BaseException:
-            self._drop()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._entry[0].release()
-        self._drop()
-
-    def _drop(self) -> None:
-        entry = self._entry
-        with self._locks._guard:
-            entry[1] -= 1
-            if not entry[1]:
-                del self._locks._locks[self._key]
+    def hold(self, key: int) -> Any:
+        """`with locks.hold(key):` holds the lock of the key.  setdefault is atomic: there is one lock for all."""
+        return self._locks.get(key) or self._locks.setdefault(key, ranked_lock(self._rank))

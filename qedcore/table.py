@@ -50,10 +50,10 @@ class TableIO:
 
         `table` itself is left alone; the caller publishes the entries when this has succeeded.
         """
+        n = len(entries)
         first = index - index % _PER_SECTOR
-        last = -(-(index + len(entries)) // _PER_SECTOR) * _PER_SECTOR
-        sectors = table[first:last]
-        sectors[index - first : index - first + len(entries)] = entries
+        sectors = table[first : -(-(index + n) // _PER_SECTOR) * _PER_SECTOR]
+        sectors[index - first : index - first + n] = entries
         self.write_all(offset + first * ENTRY, sectors)
 
     def write_all(self, offset: int, table: Table) -> None:
@@ -61,4 +61,4 @@ class TableIO:
         if _SWAP:
             table = table[:]
             table.byteswap()
-        self.storage.pwrite(memoryview(table).cast("B"), offset)
+        self.storage.pwrite(table.tobytes() if len(table) == _PER_SECTOR else memoryview(table).cast("B"), offset)

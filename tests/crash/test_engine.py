@@ -17,15 +17,15 @@ from crash.schedule import Deadlock, Scheduler
 
 from qedcore import claims
 from qedcore.alloc import Allocator, Extent, NeedCheckGate
-from qedcore.claims import Claim, Claims
-from qedcore.cluster import NO_CLUSTER, NO_TABLE
+from qedcore.claims import Claims
+from qedcore.cluster import NO_CLUSTER, NO_TABLE, Kind
 from qedcore.compact import Mover
 from qedcore.errors import QEDError
 from qedcore.image import QEDImage
 from qedcore.in_flight import InFlight
-from qedcore.request import WritableRequests
 from qedcore.storage.flush import GroupCommit
 from qedcore.table import Table, TableIO
+from qedcore.write import WritableRequests
 
 
 @pytest.mark.parametrize("trailing", [b"", b"trailing" * 448], ids=["whole clusters", "partial last cluster"])
@@ -81,16 +81,16 @@ def no_flush_before_clearing(patch: pytest.MonkeyPatch) -> None:
 
 def clear_under_requests(patch: pytest.MonkeyPatch) -> None:
     """The timer does not see that allocating requests are in flight."""
-    clear = NeedCheckGate.clear
+    shut = NeedCheckGate._shut
 
-    def blind(gate: NeedCheckGate, idle: float = 0.0) -> bool:
-        gate._in_flight, before = 0, gate._in_flight
+    def blind(gate: NeedCheckGate, idle: float) -> bool:
+        gate._inside, before = [], gate._inside
         try:
-            return clear(gate, idle)
+            return shut(gate, idle)  # no other thread runs meanwhile
         finally:
-            gate._in_flight += before
+            gate._inside = before
 
-    patch.setattr(NeedCheckGate, "clear", blind)
+    patch.setattr(NeedCheckGate, "_shut", blind)
 
 
 def l1_before_l2(patch: pytest.MonkeyPatch) -> None:
@@ -100,8 +100,8 @@ def l1_before_l2(patch: pytest.MonkeyPatch) -> None:
 def link_before_data(patch: pytest.MonkeyPatch) -> None:
     """Over a backing file, or in a reused cluster that is not clean."""
 
-    def table_exists(requests: WritableRequests, claim: Claim, view: memoryview, pos: int) -> bool:
-        return claim.kind is not NO_TABLE
+    def table_exists(requests: WritableRequests, kind: Kind, view: memoryview, pos: int) -> bool:
+        return kind is not NO_TABLE
 
     deaf(patch, WritableRequests, "_allocating_write", when=table_exists)
 
@@ -119,8 +119,11 @@ def claim_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def prefill_zero_cluster_from_backing(patch: pytest.MonkeyPatch) -> None:
-    fill = WritableRequests._fill
-    patch.setattr(WritableRequests, "_fill", lambda requests, kind, *args: fill(requests, NO_CLUSTER, *args))
+    def from_backing(fill: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda requests, kind, *args: fill(requests, NO_CLUSTER, *args)
+
+    for method in ("prefill", "postfill"):
+        patch.setattr(WritableRequests, method, from_backing(getattr(WritableRequests, method)))
 
 
 def publish_before_write(patch: pytest.MonkeyPatch) -> None:

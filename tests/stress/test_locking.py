@@ -135,7 +135,6 @@ def test_one_cluster_takes_turns(path: Path, table: int, hiding: bool, monkeypat
         content = bytearray(b"b" * CLUSTER)
         content[:3], content[512:515] = b"1st", b"2nd"
         assert image.pread(CLUSTER, pos) == (bytes(CLUSTER) if hiding else content)
-        assert not image._clusters.table_locks._locks, "locks are dropped when nobody wants them"
 
 
 def test_readers_and_in_place_writers_do_not_wait(path: Path) -> None:

@@ -30,6 +30,7 @@ LAYERS = (
     ("cluster", "alloc", "scan"),
     ("claims", "fixed_size"),
     ("request", "trial", "check"),
+    ("write",),
     ("image", "prefetch"),
     ("instrument", "compact"),  # instrument: traced children of all the classes below it
     ("chain", "resize", "repair", "salvage"),

@@ -1,0 +1,349 @@
+"""Requests that change the image: the write half of the state machine (the 2010 patch, plus zero clusters and trim).
+
+An allocating write:   gate > claim (claims.py) > look up > allocate > data, head, tail > [flush] > L2 lock > link
+New zero clusters:     gate > claim > L2 lock > look up > link
+Unlinking zero, trim:  gate > L2 lock > look up > link nothing, or zero clusters > free (alloc.py, I2)
+The L1 lock is taken inside link_table only.  request.py has the kinds of runs.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from threading import get_ident
+
+from .alloc import Allocator, Extent, NeedCheckGate
+from .claims import Claims
+from .cluster import FOUND, NO_CLUSTER, NO_TABLE, ZERO, ClusterMap, Kind
+from .geometry import UNALLOCATED, ZERO_CLUSTER, MiB
+from .in_flight import InFlight
+from .request import Requests
+from .storage import ReadBuffer, Storage
+from .table import Table, contiguous
+
+_ZEROS = bytes(MiB)  # what zeros are written from; also the most that is filled in one piece
+
+
+class WritableRequests(Requests):
+    """Requests on an image that was opened for writing."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        clusters: ClusterMap,
+        size: int,
+        in_flight: InFlight,
+        allocator: Allocator,
+        gate: NeedCheckGate,
+    ) -> None:
+        super().__init__(storage, clusters, size, in_flight)
+        self._allocator = allocator
+        self._gate = gate
+        self._claims = Claims()
+        self._l1_shift = self._geometry.l1_shift
+
+    # -- writes ------------------------------------------------------------------------------------------------
+
+    def pwrite(self, buf: ReadBuffer, pos: int) -> None:
+        """Write `buf` to guest position `pos`.  In place it takes no lock.  Raises as pread_into, and ENOSPC."""
+        running, thread = self._running, get_ident()
+        running[thread] = self._in_flight.epoch
+        try:
+            # As in pread_into().
+            into, length, index = pos & self._cluster_mask, len(buf), pos >> self._slice_shift
+            table = self._slices.get(index)
+            if table is not None and into + length <= self._cluster_size and pos + length <= self.size:
+                entry = table[(pos >> self._l2_shift) & self._slice_mask]
+                if self._lowest <= entry < self._bounds.end and not entry & self._cluster_mask:
+                    if index != self._touched:
+                        self._touched = index
+                        self._touch(index)
+                    self._storage.pwrite(buf, entry + into)
+                    return
+                if entry <= ZERO_CLUSTER and length and self.write_run(NO_CLUSTER, 0, memoryview(buf), pos):
+                    return
+            self.write(buf, pos)
+        finally:
+            del running[thread]
+
+    def write(self, buf: ReadBuffer, pos: int) -> None:
+        """The general write: any number of runs."""
+        view = memoryview(buf)
+        self._check_range(pos, len(view))
+        while view:
+            kind, offset, n = self._clusters.lookup(pos, len(view))
+            n = self.write_run(kind, offset, view[:n], pos)
+            view = view[n:]
+            pos += n
+
+    def write_run(self, kind: Kind, offset: int, view: memoryview, pos: int) -> int:
+        """Write one run; returns the bytes written.  0: somebody else allocated it meanwhile; look it up again."""
+        if kind is FOUND:
+            self.write_data(offset, view)
+            return len(view)
+        with self._gate:
+            claim = self._claims.take(pos >> self._l2_shift, self._geometry.clusters(pos + len(view)))
+            try:
+                kind, _, n = self._clusters.lookup(pos, len(view))
+                if kind is FOUND:
+                    return 0
+                self._allocating_write(kind, view[:n], pos)
+                return n
+            finally:
+                self._claims.give_up(claim)
+
+    def write_data(self, offset: int, view: memoryview) -> None:
+        self._storage.pwrite(view, offset)
+
+    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> None:
+        """Write a run of `kind` that has no data yet.  The gate and a claim are held.
+
+        However many pieces of the file it is made of, there is one flush and one write to the table.
+        """
+        into = pos & self._cluster_mask
+        rest = -(into + len(view)) & self._cluster_mask  # of the last cluster
+        missing = (into + len(view) + rest) >> self._l2_shift
+        extents: list[Extent] = []
+        # The data before the entry: a crash must not show zeros where the backing file's data was, nor what a reused
+        # cluster held before.  It may also lose the growth of the file: the repair then drops the entry, and what is
+        # below would show where zeros were.
+        must_flush = self.backing is not None
+        try:
+            while missing:
+                extent = self._allocator.allocate(missing)
+                extents.append(extent)
+                missing -= extent.n
+                must_flush = must_flush or not extent.fresh
+            head = self.prefill(kind, pos - into, into, extents[0])
+            tail = self.postfill(kind, pos + len(view), rest, extents[-1])
+            if len(extents) == 1:
+                self.write_main(extents[0].offset + into, head, view, tail)
+            else:
+                self._write_pieces(into, head, view, tail, extents)
+            if must_flush and kind is not NO_TABLE:  # a new table is flushed with its data
+                self._storage.flush()
+                must_flush = False
+        except BaseException:
+            self._release(extents)
+            raise
+        self._link_data(pos, extents, must_flush)
+
+    def _write_pieces(
+        self, into: int, head: ReadBuffer, view: memoryview, tail: ReadBuffer, extents: list[Extent]
+    ) -> None:
+        """Write `view` from byte `into` of the first extent on, `head` just before it, and `tail` right after it."""
+        last = len(extents) - 1
+        for i, extent in enumerate(extents):
+            size = (extent.n << self._l2_shift) - into
+            self.write_main(extent.offset + into, b"" if i else head, view[:size], tail if i == last else b"")
+            view, into = view[size:], 0
+
+    def _release(self, extents: Iterable[Extent]) -> None:
+        for extent in extents:
+            self._allocator.release(extent)
+
+    def _link_data(self, pos: int, extents: list[Extent], must_flush: bool) -> None:
+        """Link new data clusters for pos.  The gate and a claim are held."""
+        entries = contiguous(extents[0].offset, extents[0].n, self._cluster_size)
+        for extent in extents[1:]:
+            entries += contiguous(extent.offset, extent.n, self._cluster_size)
+        table_lock = self._clusters.table_locks.hold(pos >> self._l1_shift)
+        with table_lock:
+            if self._clusters.table_at(pos) is None:
+                self._link_new_table(pos, entries, extents)
+                return
+            if not must_flush:
+                self._link(pos, entries)
+                return
+        try:
+            self._storage.flush()  # another write has made the table meanwhile
+        except BaseException:
+            self._release(extents)
+            raise
+        with table_lock:
+            self._link(pos, entries)
+
+    def prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
+        """The bytes of the first cluster before the request, from pos on: those to be written with the data."""
+        if self._is_filled(kind, extent):
+            return b""
+        early = max(length - len(_ZEROS), 0)
+        self._write_fill(kind, pos, early, extent, extent.offset)
+        return self._fill(kind, pos + early, length - early, extent)
+
+    def postfill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
+        """The bytes of the last cluster after the request, from pos on: those to be written with the data."""
+        if self._is_filled(kind, extent):
+            return b""
+        late = max(length - len(_ZEROS), 0)
+        end = extent.offset + (extent.n << self._l2_shift)
+        self._write_fill(kind, pos + length - late, late, extent, end - late)
+        return self._fill(kind, pos, length - late, extent)
+
+    def _is_filled(self, kind: Kind, extent: Extent) -> bool:
+        """What surrounds the data of a run is zeros, and the clusters have them already."""
+        return extent.fresh and (kind is ZERO or self.backing is None)
+
+    def _write_fill(self, kind: Kind, pos: int, length: int, extent: Extent, offset: int) -> None:
+        """Write a long fill in pieces: a cluster may be larger than what a request should hold in memory."""
+        for done in range(0, length, len(_ZEROS)):
+            data = self._fill(kind, pos + done, min(len(_ZEROS), length - done), extent)
+            if data:
+                self._storage.pwrite(data, offset + done)
+
+    def _fill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
+        """What belongs at guest positions [pos, pos + length); nothing when that is in the file already."""
+        if kind is not ZERO and self.backing is not None and pos < self.backing.size and length:
+            data = bytearray(length)
+            self.read_backing(memoryview(data), pos)
+            return data
+        return b"" if extent.fresh else bytes(length)
+
+    def write_main(self, offset: int, head: ReadBuffer, view: memoryview, tail: ReadBuffer) -> None:
+        """One write: the data at `offset`, with what goes before and after it."""
+        if head or tail:
+            self._storage.pwritev((head, view, tail), offset - len(head))
+        else:
+            self._storage.pwrite(view, offset)
+
+    def _link(self, pos: int, entries: Table) -> None:
+        """Make the L2 table, which exists, say `entries` from pos on.  L2 lock held."""
+        try:
+            self._clusters.link(pos, entries)
+        except BaseException:
+            self._gate.fail()  # either entry may be on disk: their clusters are neither free nor certain
+            raise
+
+    def _link_new_table(self, pos: int, entries: Table, extents: Iterable[Extent]) -> None:
+        """Make an L2 table with `entries` from pos on; `extents` hold their data.  L2 lock held."""
+        clusters = self._clusters
+        new = None
+        try:
+            new = self._allocator.allocate_table()
+            table = clusters.write_new_table(pos, entries, new.offset, new.fresh)
+            # The table, and its data, before the L1 entry: a crash may lose all of it, not leave garbage linked.
+            self._storage.flush()
+        except BaseException:
+            self._release(extents)
+            if new is not None:
+                self._allocator.release(new)
+            raise
+        try:
+            clusters.link_table(pos, table, new.offset)
+        except BaseException:
+            self._gate.fail()
+            raise
+
+    # -- zero and trim -----------------------------------------------------------------------------------------
+
+    def zero(self, pos: int, length: int, may_trim: bool = False) -> None:
+        """Make guest positions [pos, pos + length) read as zeros.  Clusters that do already are left alone.
+
+        With `may_trim` whole clusters are freed; without, those that have data keep their place in the file.
+        """
+        self._check_range(pos, length)
+        while length:
+            with self._in_flight.request():  # for each run: it may not hold up what it has freed itself
+                kind, offset, n = self._clusters.lookup(pos, length)
+                n = self._zero_run(kind, offset, pos, n, may_trim)
+            pos += n
+            length -= n
+
+    def _zero_run(self, kind: Kind, offset: int, pos: int, n: int, may_trim: bool) -> int:
+        """Zero one run, or its first part; returns the bytes.  0: somebody else changed it; look it up again."""
+        head, whole = self._split(pos, n)
+        if kind is FOUND:
+            if may_trim and whole and not head:
+                return self._unlink(pos, whole)
+            n = head or n if may_trim else n
+            for done in range(0, n, len(_ZEROS)):
+                self.write_data(offset + done, memoryview(_ZEROS)[: n - done])
+            return n
+        if not self._has_data(kind, pos):
+            return n
+        if head or not whole:
+            n = min(n, head or n, len(_ZEROS))
+            return self.write_run(kind, offset, memoryview(_ZEROS)[:n], pos)
+        with self._gate:
+            return self._link_zero_clusters(pos, whole)
+
+    def _has_data(self, kind: Kind, pos: int) -> bool:
+        """Whether a run of this kind at pos may read as anything but zeros."""
+        return kind is FOUND or (kind is not ZERO and self.backing is not None and pos < self.backing.size)
+
+    def _split(self, pos: int, n: int) -> tuple[int, int]:
+        """Of n bytes from pos on: (those before the first whole cluster, those in whole clusters)."""
+        head = min(-pos & self._cluster_mask, n)
+        # What lies past the end of the device does not matter.
+        end = pos + n
+        return head, n - head if end == self.size else max(self._geometry.start_of_cluster(end) - pos - head, 0)
+
+    def _link_zero_clusters(self, pos: int, length: int) -> int:
+        """Zero clusters for the run at pos where it has nothing yet; returns as _zero_run.  The gate is held."""
+        claim = self._claims.take(pos >> self._l2_shift, self._geometry.clusters(pos + length))
+        try:
+            with self._clusters.table_locks.hold(pos >> self._l1_shift):
+                kind, _, n = self._clusters.lookup(pos, length)
+                if kind is FOUND:
+                    return 0
+                if kind is not ZERO:
+                    entries = array("Q", (ZERO_CLUSTER,)) * self._geometry.clusters(n)
+                    if kind is NO_TABLE:
+                        self._link_new_table(pos, entries, ())
+                    else:
+                        self._link(pos, entries)
+                return n
+        finally:
+            self._claims.give_up(claim)
+
+    def _unlink(self, pos: int, length: int) -> int:
+        """Free the whole clusters of a FOUND run, or some; they read as zeros then.  Returns as _zero_run."""
+        with self._gate, self._clusters.table_locks.hold(pos >> self._l1_shift):
+            kind, offset, n = self._clusters.lookup(pos, length)
+            if kind is not FOUND:
+                return 0
+            clusters = self._geometry.clusters(n)
+            nothing = UNALLOCATED if self.backing is None else ZERO_CLUSTER
+            self._link(pos, array("Q", (nothing,)) * clusters)
+            self._allocator.free(Extent(offset, clusters, False))
+            return n
+
+    def zero_is_fast(self, pos: int, length: int, may_trim: bool) -> bool:
+        """Whether zero() would write no data now."""
+        self._check_range(pos, length)
+        while length:
+            kind, _, n = self._clusters.lookup(pos, length)
+            if self._has_data(kind, pos) and (self._split(pos, n) != (0, n) or (kind is FOUND and not may_trim)):
+                return False
+            pos += n
+            length -= n
+        return True
+
+    def trim(self, pos: int, length: int) -> None:
+        """Free the whole clusters in guest positions [pos, pos + length), which then read as zeros."""
+        self._check_range(pos, length)
+        while length:
+            with self._in_flight.request():  # for each run, as in zero()
+                kind, _, n = self._clusters.lookup(pos, length)
+                if kind is FOUND:
+                    head, whole = self._split(pos, n)
+                    if head or not whole:
+                        n = head or n
+                    else:
+                        n = self._unlink(pos, whole)
+            pos += n
+            length -= n
+
+    def add_zero_clusters(self, pos: int, length: int) -> None:
+        """Make the clusters of a range that this image does not have zero clusters, whatever is below it.
+
+        For a rebase: `pos` (bytes) starts a cluster, the range ends with one or with the device.
+        """
+        self._check_range(pos, length)
+        while length:
+            kind, _, n = self._clusters.lookup(pos, length)
+            if kind is not FOUND:
+                with self._gate:
+                    n = self._link_zero_clusters(pos, n)
+            pos += n
+            length -= n
