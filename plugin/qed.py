@@ -36,6 +36,7 @@ from qedcore.storage.file import is_uri  # noqa: E402
 from qedcore.thread_state import ThreadStates  # noqa: E402
 
 API_VERSION = 2
+FLAG_FUA = nbdkit.FLAG_FUA
 
 # What NBD can say; nbdkit would turn any other errno into EINVAL, which blames the client.
 _CLIENT_ERRNOS = frozenset(
@@ -72,7 +73,7 @@ def printable(text: str) -> str:
 parameters = Parameters(log, lambda line: nbdkit.debug(printable(line)))
 exports: Exports  # made by config_complete()
 crowd = Crowd()
-enter, leave = crowd.enter, crowd.leave
+inside, member, meet = crowd.inside, crowd.member, crowd.meet
 
 
 _format_traceback = traceback.format_exception
@@ -211,24 +212,28 @@ def can_extents(h: SharedImage) -> bool:
 
 def pread(h: SharedImage, buf: memoryview, pos: int, flags: int) -> None:
     this_thread.kept
-    enter(len(buf))
+    inside.append(None)
     try:
+        if len(inside) > 1 and not member.moved:
+            meet(len(buf))
         h.image.pread_into(buf, pos)
     except BaseException as error:
         fail(error)
     finally:
-        leave()
+        inside.pop()
 
 
 def pwrite(h: SharedImage, buf: memoryview, pos: int, flags: int) -> None:
     this_thread.kept
-    enter(len(buf))
+    inside.append(None)
     try:
-        h.image.pwrite(buf, pos, bool(flags & nbdkit.FLAG_FUA))
+        if len(inside) > 1 and not member.moved:
+            meet(len(buf))
+        h.image.pwrite(buf, pos, bool(flags & FLAG_FUA))
     except BaseException as error:
         fail(error)
     finally:
-        leave()
+        inside.pop()
 
 
 def flush(h: SharedImage, flags: int) -> None:
@@ -245,7 +250,7 @@ def zero(h: SharedImage, length: int, pos: int, flags: int) -> None:
         h.image.zero(
             pos,
             length,
-            bool(flags & nbdkit.FLAG_FUA),
+            bool(flags & FLAG_FUA),
             may_trim=bool(flags & nbdkit.FLAG_MAY_TRIM),
             only_fast=bool(flags & nbdkit.FLAG_FAST_ZERO),
         )
@@ -256,7 +261,7 @@ def zero(h: SharedImage, length: int, pos: int, flags: int) -> None:
 def trim(h: SharedImage, length: int, pos: int, flags: int) -> None:
     this_thread.kept
     try:
-        h.image.trim(pos, length, bool(flags & nbdkit.FLAG_FUA))
+        h.image.trim(pos, length, bool(flags & FLAG_FUA))
     except BaseException as error:
         fail(error)
 

@@ -17,31 +17,37 @@ import threading
 SMALL = 32 * 1024  # bytes: up to here handing over the interpreter costs more than copying the data
 
 
-class _ThisThread(threading.local):
+class _Member(threading.local):
     moved = False
 
 
 class Crowd:
-    """Counts the requests inside.  No lock: append, pop and setdefault are single calls, atomic under the GIL."""
+    """Knows the requests inside.  A request does these steps itself, because calls would cost more than all of them:
+
+        inside.append(None)
+        try:
+            if len(inside) > 1 and not member.moved:
+                meet(length)
+            ...
+        finally:
+            inside.pop()
+
+    No lock: each is one call, atomic under the interpreter's lock.
+    """
 
     def __init__(self) -> None:
         self.enabled = hasattr(os, "sched_setaffinity")
-        self._inside: list[None] = []  # an item per request
-        self._this_thread = _ThisThread()
+        self.inside: list[None] = []  # an item per request
+        self.member = _Member()  # of the calling thread
         self._cpu: dict[str, int] = {}  # "cpu" -> number, once somebody has moved
 
-    def enter(self, length: int) -> None:
-        """A request of `length` bytes begins on this thread; leave() ends it.  Raises nothing."""
-        inside = self._inside
-        inside.append(None)
-        if len(inside) > 1 and length <= SMALL and not self._this_thread.moved:
+    def meet(self, length: int) -> None:
+        """The calling thread serves a request of `length` bytes, and others are inside.  Raises nothing."""
+        if length <= SMALL:
             self._move()
 
-    def leave(self) -> None:
-        self._inside.pop()
-
     def _move(self) -> None:
-        self._this_thread.moved = True
+        self.member.moved = True
         if not self.enabled:
             return
         try:

@@ -86,7 +86,7 @@ class Allocator:
 
     def _take(self, n: int) -> Extent:
         with self._lock:
-            found = self._free.take(n)
+            found = self._free.take(n) if self._free.n else None
             if found is None:
                 return self._append(n)
             cluster, n, state = found

@@ -11,50 +11,50 @@ I2. Who wants what another has claimed waits for the end of that claim, holding 
 from __future__ import annotations
 
 import threading
+from typing import NamedTuple
 
 
-class Claim:
+class Claim(NamedTuple):
     """Guest clusters [first, end)."""
 
-    __slots__ = ("_over", "end", "first")
-
-    def __init__(self, first: int, end: int) -> None:
-        self.first = first
-        self.end = end
-        self._over = threading.Lock()
-        self._over.acquire()
-
-    def wait(self) -> None:
-        with self._over:
-            pass
+    first: int
+    end: int
 
 
 class Claims:
-    """All claims on one image.  The lock protects the list: a leaf, never held while waiting."""
+    """All claims on one image.  The lock protects what is below it: a leaf, never held while waiting."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._given_up = threading.Condition(self._lock)
+        self._waiting = 0  # threads
         self._claims: list[Claim] = []  # as many as there are threads that write, at most
 
     def take(self, first: int, end: int) -> Claim:
         """Claim guest clusters [first, end), waiting until they are free."""
-        mine = Claim(first, end)
-        while True:
-            with self._lock:
-                other = self.find(first, end)
-                if other is None:
-                    self._claims.append(mine)
-                    return mine
-            other.wait()
+        with self._lock:
+            while self.find(first, end):
+                self._wait()
+            claim = Claim(first, end)
+            self._claims.append(claim)
+            return claim
 
     def find(self, first: int, end: int) -> Claim | None:
         """A claim that overlaps [first, end).  The lock is held."""
         for claim in self._claims:
-            if claim.first < end and first < claim.end:
+            if claim[0] < end and first < claim[1]:  # indexes: names cost more
                 return claim
         return None
+
+    def _wait(self) -> None:
+        self._waiting += 1
+        try:
+            self._given_up.wait()
+        finally:
+            self._waiting -= 1
 
     def give_up(self, claim: Claim) -> None:
         with self._lock:
             self._claims.remove(claim)
-        claim._over.release()
+            if self._waiting:
+                self._given_up.notify_all()

@@ -159,6 +159,10 @@ class ClusterMap:
             )
         return offset
 
+    def lacks_table(self, pos: int) -> bool:
+        """There is no L2 table for pos.  Table lock held.  Raises like lookup."""
+        return not self.l1[pos >> self.geometry.l1_shift] and not self.l2_offset(pos)
+
     def _check_entry(self, offset: int, pos: int) -> None:
         if self.bounds.valid_cluster(offset):
             return

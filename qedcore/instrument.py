@@ -275,16 +275,14 @@ class TracedWritableRequests(TracedRequests, WritableRequests):
         self._next_write(kind, 0, view, pos)  # looked up again
         super()._allocating_write(kind, view, pos)
 
-    def prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
-        probe = self.probe
-        probe.trace("qed_aio_write_prefill", id(self._storage), probe.acb, pos, length, extent.offset)
-        return super().prefill(kind, pos, length, extent)
-
-    def postfill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
-        probe = self.probe
-        offset = extent.offset + (extent.n << self._l2_shift) - length
-        probe.trace("qed_aio_write_postfill", id(self._storage), probe.acb, pos, length, offset)
-        return super().postfill(kind, pos, length, extent)
+    def surround(
+        self, kind: Kind, view: memoryview, pos: int, into: int, rest: int, extents: list[Extent]
+    ) -> tuple[ReadBuffer, ReadBuffer]:
+        probe, s, last = self.probe, id(self._storage), extents[-1]
+        probe.trace("qed_aio_write_prefill", s, probe.acb, pos - into, into, extents[0].offset)
+        offset = last.offset + (last.n << self._l2_shift) - rest
+        probe.trace("qed_aio_write_postfill", s, probe.acb, pos + len(view), rest, offset)
+        return super().surround(kind, view, pos, into, rest, extents)
 
     def write_data(self, offset: int, view: memoryview) -> None:
         self._announce_write(offset, view)

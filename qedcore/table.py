@@ -28,6 +28,8 @@ def empty(entries: int) -> Table:
 
 def contiguous(offset: int, n: int, cluster_size: int) -> Table:
     """Entries for n clusters one after the other from `offset` (bytes)."""
+    if n == 1:
+        return array("Q", (offset,))
     return array("Q", range(offset, offset + n * cluster_size, cluster_size))
 
 
@@ -54,11 +56,13 @@ class TableIO:
         first = index - index % _PER_SECTOR
         sectors = table[first : -(-(index + n) // _PER_SECTOR) * _PER_SECTOR]
         sectors[index - first : index - first + n] = entries
-        self.write_all(offset + first * ENTRY, sectors)
+        if _SWAP:
+            sectors.byteswap()
+        self.storage.pwrite(sectors.tobytes(), offset + first * ENTRY)
 
     def write_all(self, offset: int, table: Table) -> None:
         """Write a whole run of entries to file offset `offset` (a multiple of a sector)."""
         if _SWAP:
             table = table[:]
             table.byteswap()
-        self.storage.pwrite(table.tobytes() if len(table) == _PER_SECTOR else memoryview(table).cast("B"), offset)
+        self.storage.pwrite(memoryview(table).cast("B"), offset)

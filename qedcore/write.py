@@ -114,8 +114,7 @@ class WritableRequests(Requests):
                 extents.append(extent)
                 missing -= extent.n
                 must_flush = must_flush or not extent.fresh
-            head = self.prefill(kind, pos - into, into, extents[0])
-            tail = self.postfill(kind, pos + len(view), rest, extents[-1])
+            head, tail = self.surround(kind, view, pos, into, rest, extents)
             if len(extents) == 1:
                 self.write_main(extents[0].offset + into, head, view, tail)
             else:
@@ -149,7 +148,7 @@ class WritableRequests(Requests):
             entries += contiguous(extent.offset, extent.n, self._cluster_size)
         table_lock = self._clusters.table_locks.hold(pos >> self._l1_shift)
         with table_lock:
-            if self._clusters.table_at(pos) is None:
+            if self._clusters.lacks_table(pos):
                 self._link_new_table(pos, entries, extents)
                 return
             if not must_flush:
@@ -163,26 +162,30 @@ class WritableRequests(Requests):
         with table_lock:
             self._link(pos, entries)
 
-    def prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
-        """The bytes of the first cluster before the request, from pos on: those to be written with the data."""
-        if self._is_filled(kind, extent):
-            return b""
+    def surround(
+        self, kind: Kind, view: memoryview, pos: int, into: int, rest: int, extents: list[Extent]
+    ) -> tuple[ReadBuffer, ReadBuffer]:
+        """(head, tail): the `into` bytes before a run's data and the `rest` after it, to be written with the data.
+
+        Empty where the clusters have them already.  Long ones are written, in part, here.
+        """
+        first, last = extents[0], extents[-1]
+        if first.fresh and last.fresh and (kind is ZERO or self.backing is None):
+            return b"", b""
+        return self._prefill(kind, pos - into, into, first), self._postfill(kind, pos + len(view), rest, last)
+
+    def _prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
+        """The head, which belongs at guest position pos."""
         early = max(length - len(_ZEROS), 0)
         self._write_fill(kind, pos, early, extent, extent.offset)
         return self._fill(kind, pos + early, length - early, extent)
 
-    def postfill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
-        """The bytes of the last cluster after the request, from pos on: those to be written with the data."""
-        if self._is_filled(kind, extent):
-            return b""
+    def _postfill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
+        """The tail, which belongs at guest position pos."""
         late = max(length - len(_ZEROS), 0)
         end = extent.offset + (extent.n << self._l2_shift)
         self._write_fill(kind, pos + length - late, late, extent, end - late)
         return self._fill(kind, pos, length - late, extent)
-
-    def _is_filled(self, kind: Kind, extent: Extent) -> bool:
-        """What surrounds the data of a run is zeros, and the clusters have them already."""
-        return extent.fresh and (kind is ZERO or self.backing is None)
 
     def _write_fill(self, kind: Kind, pos: int, length: int, extent: Extent, offset: int) -> None:
         """Write a long fill in pieces: a cluster may be larger than what a request should hold in memory."""

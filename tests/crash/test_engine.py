@@ -119,11 +119,8 @@ def claim_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def prefill_zero_cluster_from_backing(patch: pytest.MonkeyPatch) -> None:
-    def from_backing(fill: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda requests, kind, *args: fill(requests, NO_CLUSTER, *args)
-
-    for method in ("prefill", "postfill"):
-        patch.setattr(WritableRequests, method, from_backing(getattr(WritableRequests, method)))
+    fill = WritableRequests.surround
+    patch.setattr(WritableRequests, "surround", lambda requests, kind, *args: fill(requests, NO_CLUSTER, *args))
 
 
 def publish_before_write(patch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from support.server import wait_for
 
 import qedcore
-from qedcore.claims import Claim
+from qedcore.claims import Claims
 
 KiB, MiB = 1024, 1024 * 1024
 CLUSTER = 4 * KiB
@@ -103,11 +103,11 @@ def test_one_cluster_takes_turns(path: Path, table: int, hiding: bool, monkeypat
     hook = Hook()
     inside, leave, waiting = threading.Event(), threading.Event(), threading.Event()
     steps: list[str] = []
-    wait = Claim.wait
+    wait = Claims._wait
 
-    def announced(claim: Claim) -> None:
+    def announced(claims: Claims) -> None:
         waiting.set()
-        wait(claim)
+        wait(claims)
 
     def stop_first(name: str) -> None:
         if name in ("write_aio", "l2_update"):
@@ -116,7 +116,7 @@ def test_one_cluster_takes_turns(path: Path, table: int, hiding: bool, monkeypat
                 inside.set()
                 assert leave.wait(SECONDS)
 
-    monkeypatch.setattr(Claim, "wait", announced)
+    monkeypatch.setattr(Claims, "_wait", announced)
     path.with_name("base").write_bytes(b"b" * SIZE)
     with qedcore.open_image(path) as image, image.maintenance() as metadata:
         metadata.header.set_backing("base", raw=True)
