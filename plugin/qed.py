@@ -72,8 +72,7 @@ def printable(text: str) -> str:
 
 parameters = Parameters(log, lambda line: nbdkit.debug(printable(line)))
 exports: Exports  # made by config_complete()
-crowd = Crowd()
-inside, member, meet = crowd.inside, crowd.member, crowd.meet
+crowd = Crowd(this_thread)
 
 
 _format_traceback = traceback.format_exception
@@ -211,29 +210,21 @@ def can_extents(h: SharedImage) -> bool:
 
 
 def pread(h: SharedImage, buf: memoryview, pos: int, flags: int) -> None:
-    this_thread.kept
-    inside.append(None)
+    if not this_thread.moved and h.in_flight.now:
+        crowd.meet(len(buf))
     try:
-        if len(inside) > 1 and not member.moved:
-            meet(len(buf))
         h.image.pread_into(buf, pos)
     except BaseException as error:
         fail(error)
-    finally:
-        inside.pop()
 
 
 def pwrite(h: SharedImage, buf: memoryview, pos: int, flags: int) -> None:
-    this_thread.kept
-    inside.append(None)
+    if not this_thread.moved and h.in_flight.now:
+        crowd.meet(len(buf))
     try:
-        if len(inside) > 1 and not member.moved:
-            meet(len(buf))
         h.image.pwrite(buf, pos, bool(flags & FLAG_FUA))
     except BaseException as error:
         fail(error)
-    finally:
-        inside.pop()
 
 
 def flush(h: SharedImage, flags: int) -> None:

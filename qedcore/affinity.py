@@ -12,42 +12,32 @@ and large requests, whose time goes into copying, keep all CPUs.  nbdkit's threa
 from __future__ import annotations
 
 import os
-import threading
+from typing import Protocol
 
 SMALL = 32 * 1024  # bytes: up to here handing over the interpreter costs more than copying the data
 
 
-class _Member(threading.local):
-    moved = False
+class Member(Protocol):
+    """The calling thread."""
+
+    moved: bool
 
 
 class Crowd:
-    """Knows the requests inside.  A request does these steps itself, because calls would cost more than all of them:
+    """Moves threads that meet.  `member` has an attribute for each thread (threading.local)."""
 
-        inside.append(None)
-        try:
-            if len(inside) > 1 and not member.moved:
-                meet(length)
-            ...
-        finally:
-            inside.pop()
-
-    No lock: each is one call, atomic under the interpreter's lock.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, member: Member) -> None:
         self.enabled = hasattr(os, "sched_setaffinity")
-        self.inside: list[None] = []  # an item per request
-        self.member = _Member()  # of the calling thread
+        self._member = member
         self._cpu: dict[str, int] = {}  # "cpu" -> number, once somebody has moved
 
     def meet(self, length: int) -> None:
-        """The calling thread serves a request of `length` bytes, and others are inside.  Raises nothing."""
+        """The calling thread begins a request of `length` bytes while others are running.  Raises nothing."""
         if length <= SMALL:
             self._move()
 
     def _move(self) -> None:
-        self.member.moved = True
+        self._member.moved = True
         if not self.enabled:
             return
         try:

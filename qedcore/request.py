@@ -10,7 +10,6 @@ A request is cut into runs of one kind (cluster.lookup).
 
 from __future__ import annotations
 
-from threading import get_ident
 from typing import Protocol
 
 from .cluster import FOUND, NO_TABLE, ZERO, ClusterMap, Kind
@@ -66,7 +65,6 @@ class Requests:
         self.size = size  # bytes
         self.backing: Source | None = None
         self._in_flight = in_flight
-        self._running = in_flight.running
         self._storage = storage
         geometry = clusters.geometry
         self._geometry = geometry
@@ -99,8 +97,11 @@ class Requests:
 
         Raises RequestError, CorruptImageError and StorageError.
         """
-        running, thread = self._running, get_ident()
-        running[thread] = self._in_flight.epoch
+        in_flight = self._in_flight
+        epoch = in_flight.now
+        epoch.append(None)
+        if epoch is not in_flight.now:
+            epoch = in_flight.enter_again(epoch)
         try:
             # The short way: one allocated cluster of a cached table has it all.  pwrite() has the same steps: a call
             # would cost as much as all of them.
@@ -117,7 +118,7 @@ class Requests:
                     return
             self.read(buf, pos)
         finally:
-            del running[thread]
+            epoch.pop()
 
     def read(self, buf: WriteBuffer, pos: int) -> None:
         """The general read: any number of runs."""

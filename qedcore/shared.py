@@ -70,7 +70,7 @@ class SharedImage:
         self._locking = locking
         self._lock = ranked_lock(Rank.SHARED)  # protects all below; held while the image is opened or closed
         self._users = 0
-        self._in_flight = InFlight()  # requests in both (I3)
+        self.in_flight = InFlight()  # requests in both (I3)
         self._opener = Opener(locking)
         self._retired: QEDImage | None = None  # the read-only one (I3)
 
@@ -94,7 +94,7 @@ class SharedImage:
             self._users += 1
 
     def _open(self, writable: bool) -> QEDImage:
-        image = self._open_image(writable, self._opener, self._in_flight)
+        image = self._open_image(writable, self._opener, self.in_flight)
         try:
             image.start_timer()
         except BaseException:

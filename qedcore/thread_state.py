@@ -169,17 +169,19 @@ class _ThisThread(threading.local):
     """Reading `kept` in a thread that has not done so yet runs __init__, which keeps the thread's state."""
 
     kept: bool
+    moved: bool  # whether affinity.Crowd has moved the thread
 
     def __init__(self, states: ThreadStates) -> None:
         self.kept = states._keep()
+        self.moved = False
 
 
 class ThreadStates:
-    """Keeps the thread state of every foreign thread that reads `this_thread.kept` until the thread ends.
+    """Keeps the thread state of every foreign thread that reads an attribute of `this_thread` until it ends.
 
-    One object per process, made and enabled in the main thread. `this_thread.kept` belongs at the start of every
-    callback that serves a request, and costs about 25 ns there (a method would cost 40); True means that the state of
-    the calling thread outlives the callback.
+    One object per process, made and enabled in the main thread. Reading `this_thread.kept` or `.moved` belongs at the
+    start of every callback that serves a request: about 25 ns (a method would cost 40). `kept` is True where the state
+    of the calling thread outlives the callback.
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from threading import get_ident
 
 from .alloc import Allocator, Extent, NeedCheckGate
 from .claims import Claims
@@ -46,8 +45,11 @@ class WritableRequests(Requests):
 
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:
         """Write `buf` to guest position `pos`.  In place it takes no lock.  Raises as pread_into, and ENOSPC."""
-        running, thread = self._running, get_ident()
-        running[thread] = self._in_flight.epoch
+        in_flight = self._in_flight
+        epoch = in_flight.now
+        epoch.append(None)
+        if epoch is not in_flight.now:
+            epoch = in_flight.enter_again(epoch)
         try:
             # As in pread_into().
             into, length, index = pos & self._cluster_mask, len(buf), pos >> self._slice_shift
@@ -64,7 +66,7 @@ class WritableRequests(Requests):
                     return
             self.write(buf, pos)
         finally:
-            del running[thread]
+            epoch.pop()
 
     def write(self, buf: ReadBuffer, pos: int) -> None:
         """The general write: any number of runs."""

@@ -162,7 +162,7 @@ def used_counts_as_clean(patch: pytest.MonkeyPatch) -> None:
 
 
 def reuse_under_requests(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(InFlight, "oldest", lambda in_flight: in_flight.epoch)
+    patch.setattr(InFlight, "oldest", lambda in_flight: in_flight.now.number)
 
 
 def table_in_a_freed_cluster(patch: pytest.MonkeyPatch) -> None:

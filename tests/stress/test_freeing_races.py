@@ -100,7 +100,7 @@ def run(path: Path, seed: str, cluster_size: int, size: int, base: bytes) -> Non
             thread.join()
         if errors:
             raise errors[0]
-        assert not image._requests._running
+        assert not image._requests._in_flight.now
         content = image.pread(size, 0)
         assert content == b"".join(model)
         tidy(image)

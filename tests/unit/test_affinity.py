@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from qedcore.affinity import SMALL, Crowd, current_cpu
+from qedcore.in_flight import InFlight
 
 
 class Moves:
@@ -27,70 +28,79 @@ class Moves:
         self.seen.append((threading.current_thread().name, cpus))
 
 
-@contextmanager
-def request(crowd: Crowd, length: int) -> Iterator[None]:
-    """The steps that the plugin's callbacks have."""
-    crowd.inside.append(None)
-    if len(crowd.inside) > 1 and not crowd.member.moved:
-        crowd.meet(length)
-    yield
-    crowd.inside.pop()
+class Local(threading.local):
+    moved = False
 
 
-def in_thread(crowd: Crowd, length: int, times: int = 1) -> None:
-    """Requests, one after the other, on another thread."""
+class Server:
+    """Requests that do as the callbacks of the plugin do."""
 
-    def work() -> None:
-        for _ in range(times):
-            with request(crowd, length):
-                pass
+    def __init__(self) -> None:
+        self.local = Local()
+        self.crowd = Crowd(self.local)
+        self.in_flight = InFlight()
 
-    thread = threading.Thread(target=work, name="other")
-    thread.start()
-    thread.join()
+    @contextmanager
+    def request(self, length: int) -> Iterator[None]:
+        if not self.local.moved and self.in_flight.now:
+            self.crowd.meet(length)
+        with self.in_flight.request():
+            yield
+
+    def in_thread(self, length: int, times: int = 1) -> None:
+        """Requests, one after the other, on another thread."""
+
+        def work() -> None:
+            for _ in range(times):
+                with self.request(length):
+                    pass
+
+        thread = threading.Thread(target=work, name="other")
+        thread.start()
+        thread.join()
 
 
 def test_one_at_a_time_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    moves, crowd = Moves(monkeypatch), Crowd()
+    moves, server = Moves(monkeypatch), Server()
     for _ in range(5):
-        with request(crowd, 512):
+        with server.request(512):
             pass
-        in_thread(crowd, 512)
+        server.in_thread(512)
     assert moves.seen == []
 
 
 def test_who_meets_another_moves_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    moves, crowd = Moves(monkeypatch), Crowd()
-    with request(crowd, 512):
-        in_thread(crowd, SMALL, times=3)
+    moves, server = Moves(monkeypatch), Server()
+    with server.request(512):
+        server.in_thread(SMALL, times=3)
     assert [name for name, _ in moves.seen] == ["other"]
-    with request(crowd, 512), request(crowd, 512):  # this thread, now: all go to the same CPU
+    with server.request(512), server.request(512):  # this thread, now: all go to the same CPU
         pass
     assert len(moves.seen) == 2 and moves.seen[0][1] == moves.seen[1][1]
     assert len(moves.seen[0][1]) == 1 and moves.seen[0][1] <= os.sched_getaffinity(0)
 
 
 def test_large_requests_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    moves, crowd = Moves(monkeypatch), Crowd()
-    with request(crowd, 512):
-        in_thread(crowd, SMALL + 1)
+    moves, server = Moves(monkeypatch), Server()
+    with server.request(512):
+        server.in_thread(SMALL + 1)
     assert moves.seen == []
 
 
 def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    moves, crowd = Moves(monkeypatch), Crowd()
-    crowd.enabled = False
-    with request(crowd, 512):
-        in_thread(crowd, 512)
+    moves, server = Moves(monkeypatch), Server()
+    server.crowd.enabled = False
+    with server.request(512):
+        server.in_thread(512)
     assert moves.seen == []
 
 
 def test_forbidden_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     Moves(monkeypatch, PermissionError(1, "not here"))
-    crowd = Crowd()
-    with request(crowd, 512):
-        in_thread(crowd, 512)
-    assert not crowd.enabled
+    server = Server()
+    with server.request(512):
+        server.in_thread(512)
+    assert not server.crowd.enabled
 
 
 def test_current_cpu() -> None:
