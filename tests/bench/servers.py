@@ -85,6 +85,10 @@ class Server:
             self.address.unlink(missing_ok=True)
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def uri(self) -> str:
         return f"nbd+unix:///?socket={self.address}"
 
@@ -108,11 +112,11 @@ class Server:
         return self._log.read_text(errors="replace").strip() or "(no output)"
 
     def cpu_seconds(self) -> float:
-        stat = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        stat = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(stat[11]) + int(stat[12])) / CPU_TICK  # utime and stime of all threads
 
     def peak_rss(self) -> int:
-        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * KiB
         raise BenchError("no VmHWM in the server's status: has it ended?")
