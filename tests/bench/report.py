@@ -33,6 +33,7 @@ def terminal(results: Results) -> str:
         best = ratios.to_best(results.samples, row.name)
         if best is not None:
             lines.append(f"  {'best qemu-nbd':17}{'':66} {times(best)}")
+    lines += [f"failed, and tried again: {failure}" for failure in results.failures]
     lines += [f"left out: {what}: {why}" for what, why in results.left_out.items()]
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)  # row, contender or both -> why
+    failures: list[str] = field(default_factory=list)  # runs that were tried again
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -40,6 +41,7 @@ class Results:
             "environment": self.environment,
             "settings": self.settings,
             "left_out": self.left_out,
+            "failures": self.failures,
             "rows": [fields_of(row) for row in self.rows],
             "samples": [fields_of(sample) for sample in self.samples],
         }
@@ -64,6 +66,7 @@ def load(paths: Iterable[Path]) -> Results:
             results.rows += [Row(**row) for row in document["rows"] if row["name"] not in known]
             results.samples += [Sample(**{**sample, "run": number}) for sample in document["samples"]]
             results.left_out.update(document["left_out"])
+            results.failures += document["failures"]
             results.settings = results.settings or document["settings"]
             results.environment = results.environment or document["environment"]
         except (OSError, ValueError, KeyError, TypeError) as e:

@@ -38,7 +38,7 @@ def run(*command: str | os.PathLike[str], accept: Sequence[int] = (0,)) -> str:
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=die_with_parent)
     if result.returncode not in accept:
         text = (result.stderr or result.stdout).strip()
-        raise BenchError(f"{' '.join(map(str, command))}: exit code {result.returncode}: {text}")
+        raise BenchError(f"{command[0]}: exit code {result.returncode}: {text}")
     return result.stdout
 
 
