@@ -40,7 +40,7 @@ if __name__ == "__main__":
 
 from bench import report, results, servers
 from bench.clients import Client, allocated, import_nbd
-from bench.images import Images, Sizes, say
+from bench.images import SHARED, Images, Sizes, say
 from bench.results import Results
 from bench.rows import (
     CONTENDERS,
@@ -61,7 +61,7 @@ from bench.rows import (
     amount,
     scale_rows,
 )
-from bench.servers import BenchError, Server, run
+from bench.servers import BenchError, NotHere, Server, run
 
 TOP = Path(__file__).resolve().parents[2]
 PLUGIN = TOP / "plugin" / "qed.py"
@@ -135,7 +135,9 @@ class Bench:
     def _measure_row(self, row: Row) -> None:
         try:
             require_for(row)
-        except BenchError as e:
+            if row.image in SHARED:
+                self.images.shared(row.image)
+        except NotHere as e:
             self._leave_out(row.name, e)
             return
         taking_part = [c for c in self.contenders if row.takes_part(c)]
@@ -158,6 +160,8 @@ class Bench:
         for _ in range(TRIES - 1):
             try:
                 return self._measure(row, contender, round_, prove)
+            except NotHere:
+                raise
             except BenchError as e:
                 say(f"{contender}, to be tried again: {e}")
                 self.results.failures.append(f"{row.name}, {contender}: {e}")
@@ -219,10 +223,10 @@ def require_tools(contenders: Sequence[str]) -> None:
 
 
 def require_for(row: Row) -> None:
-    """Raises BenchError if something is missing that only this row needs."""
+    """Raises NotHere if something is missing that only this row needs."""
     tool = {"copy-out": "nbdcopy", "copy-in": "nbdcopy", "map": "nbdinfo"}.get(row.work)
     if tool and shutil.which(tool) is None:
-        raise BenchError(f"{tool} is not installed")
+        raise NotHere(f"{tool} is not installed")
     if row.work == "open":
         import_nbd()
 

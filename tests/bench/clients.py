@@ -20,7 +20,7 @@ from support.qed_image import QedFile
 
 from bench.images import Images
 from bench.rows import CLUSTER, OURS, QEMUS, GiB, Measured, Row
-from bench.servers import START_TIMEOUT, BenchError, Server, die_with_parent, run
+from bench.servers import START_TIMEOUT, BenchError, NotHere, Server, die_with_parent, run
 
 SEQUENTIAL_LIMIT = (
     2 * GiB
@@ -292,5 +292,5 @@ def import_nbd() -> Any:
     try:
         import nbd
     except ImportError as e:
-        raise BenchError(f"libnbd's Python module is missing: {e}") from e
+        raise NotHere(f"libnbd's Python module is missing: {e}") from e
     return nbd

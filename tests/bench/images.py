@@ -40,7 +40,7 @@ from pathlib import Path
 from support.qed_image import FIELDS, MAGIC, QedFile, pack_header
 
 from bench.rows import CLUSTER, SPOTS, TABLE_SPAN, GiB, KiB, MiB, Row, TiB, amount, spot_length, spot_stride
-from bench.servers import BenchError, run
+from bench.servers import BenchError, NotHere, run
 
 TABLE_CLUSTERS = 4
 ENTRIES = TABLE_CLUSTERS * CLUSTER // 8  # of a table
@@ -185,7 +185,7 @@ class Images:
                 f.truncate(size)
         except OSError as e:
             if e.errno == errno.EFBIG:
-                raise BenchError(f"a file of {amount(size)} is too large for this file system") from e
+                raise NotHere(f"a file of {amount(size)} is too large for this file system") from e
             raise
 
     def _empty(self, path: Path, row: Row) -> None:
@@ -231,12 +231,12 @@ class Images:
         spare = GiB
         free = shutil.disk_usage(self._dir).free
         if free < needed + spare:
-            raise BenchError(f"{self._dir} has {amount(free)} free, and {amount(needed + spare)} are needed")
+            raise NotHere(f"{self._dir} has {amount(free)} free, and {amount(needed + spare)} are needed")
         memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
         available = int(memory.split()[1]) * KiB
         if available < needed + spare:
             text = f"{amount(available)} of memory are available, and {amount(needed + spare)} are needed"
-            raise BenchError(f"{text} to keep the image in the page cache")
+            raise NotHere(f"{text} to keep the image in the page cache")
 
 
 def say(text: str) -> None:

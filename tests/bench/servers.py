@@ -27,6 +27,10 @@ class BenchError(Exception):
     """One line that says why something could not be measured."""
 
 
+class NotHere(BenchError):
+    """This machine lacks what it takes: trying again would not help."""
+
+
 def die_with_parent() -> None:
     """Between fork and exec: SIGKILL when the benchmark dies, even if it cannot clean up."""
     pr_set_pdeathsig = 1
