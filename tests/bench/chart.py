@@ -36,7 +36,7 @@ NAMES = {
 }
 # As ratios.COLUMNS
 BARS = (("to qemu-nbd", COLOURS[QEMU]), ("to the best qemu-nbd", COLOURS[QEMU_IO_URING]), ("to raw", COLOURS[RAW]))
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.edgecolor": INK,

@@ -255,6 +255,8 @@ class Client:
             fmt = path.suffix[1:]
             run("qemu-img", "compare", "-f", fmt, "-F", "raw", path, full)
         elif row.writes:
+            if row.flush_every and abs(measured.flushes - measured.requests // row.flush_every) > 1:
+                raise BenchError(f"{measured.flushes} flushes in {measured.requests} writes")
             grown = allocated(path) - before
             if not row.allocates:
                 expect(grown, 0, "allocated by overwrites")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -152,7 +153,7 @@ def amount(n: int) -> str:
 def scale_rows() -> list[Row]:
     rows = []
 
-    def add(curve: str, label: str, x: float, **fields: object) -> None:
+    def add(curve: str, label: str, x: float, **fields: Any) -> None:
         title = f"{CURVES[curve]}{' ' if curve[:4] in ('fill', 'conn') else ', '}{label}".rstrip(", ")
         name = f"{curve}@{label.replace(' ', '')}".rstrip("@")
         rows.append(dataclasses.replace(Row(name, title), curve=curve, x=x, **fields))

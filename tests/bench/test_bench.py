@@ -260,8 +260,8 @@ def test_every_table_of_a_thin_image_has_one_cluster(tmp_path: Path, tools: None
 # -- runs
 
 
-ALL = ("randread-16", "seqread", "overwrite", "randalloc", "backing", "fsync", "copy-out", "copy-in", "convert")
-ALL += ("copy-sparse", "check", "map", "open")
+ALL = ["randread-16", "seqread", "overwrite", "randalloc", "backing", "fsync", "copy-out", "copy-in", "convert"]
+ALL += ["copy-sparse", "check", "map", "open"]
 
 
 def run(tmp_path: Path, *more: str) -> dict[str, Any]:
@@ -366,8 +366,8 @@ def test_contender_that_fails(tmp_path: Path, tools: None, monkeypatch: pytest.M
         assert len(found["samples"]) == 2 and list(found["left_out"]) == [f"randread-1, {QEMU}"]
 
 
-def client(tmp_path: Path, row: str) -> clients.Client:
-    (row,) = [r for r in ROWS if r.name == row]
+def client(tmp_path: Path, name: str) -> clients.Client:
+    (row,) = [row for row in ROWS if row.name == name]
     return clients.Client(row, OURS, images(tmp_path, GiB), tmp_path, tmp_path / "target", bench.PLUGIN, 0.1, 0)
 
 
@@ -378,6 +378,7 @@ def client(tmp_path: Path, row: str) -> clients.Client:
         ("randalloc", 0, 0, "allocated 1"),  # more than was written
         ("seqalloc", 1, 256 * 1024, "1, not 4"),
         ("overwrite", 1, 4096, "1, not 0"),
+        ("fsync", 64, 0, "0 flushes in 64 writes"),
     ],
 )
 def test_wrong_work_is_noticed(tmp_path: Path, tools: None, row: str, requests: int, size: int, wrong: str) -> None:
