@@ -79,10 +79,10 @@ ROWS = (
     Row("seqalloc", "256 KiB sequential allocating write, depth 8", image="empty", rw="write", bs=256 * KiB, depth=8),
     Row("backing", "4 KiB random write over a backing file, depth 16", image="overlay", rw="randwrite"),
     Row("fsync", "4 KiB random allocating write, a flush every 32", image="empty", rw="randwrite", flush_every=32),
-    # While fio waits for room in its queue it sends a flush instead of each write: one for two or three writes.
+    # fio fills its queue with flushes then: the faster the server, the more.
     Row(
         "fsync-fio",
-        "the same with fio's --fsync=32, one every 2 or 3",
+        "the same with fio's --fsync=32, one every 3 to 6",
         image="empty",
         rw="randwrite",
         fio_fsync=32,
