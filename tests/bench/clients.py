@@ -27,7 +27,7 @@ SEQUENTIAL_LIMIT = (
 )  # bytes of a run of sequential allocating writes: the kernel does not start to write them out
 LONG_LIMIT = 16 * GiB  # bytes of clusters
 MAX_SLICES = 40
-MOST_PER_SECOND = 150_000  # requests
+MOST_PER_SECOND = 300_000  # requests
 PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")  # what nbdkit embeds, for `qed check`
 
 
