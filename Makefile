@@ -38,7 +38,7 @@ help:
 	@echo "make crash    power loss at every step, simulated; ARGS='--states N' (try --help)"
 	@echo "make soak     mixed work, ends and kills of the server, all verified; ARGS='--minutes 60' or '--kills 200'"
 	@echo 'make lint     ruff and mypy --strict; "make format" applies the layout'
-	@echo "make bench    compare with qemu-nbd; ARGS='...' goes to tests/bench/bench.py (try --help)"
+	@echo "make bench    compare with qemu-nbd, half an hour; ARGS='--rows open,check', '--scale' (try --help)"
 	@echo 'make install  so that "nbdkit qed file=IMAGE" and "qed" work, with manual pages; "make uninstall" undoes it;'
 	@echo '              PREFIX=/usr/local, DESTDIR=, and PLUGINDIR=, which nbdkit tells'
 	@echo 'make clean    remove .venv and caches'
@@ -84,8 +84,9 @@ lint format:
 	$(venv_python) -m ruff format .
 
 bench:
-	@$(need) $(serving) fio
-	@$(PYTHON) tests/bench/bench.py $(ARGS)
+	@$(need) $(serving) python3-venv python3-numpy fio
+	@$(MAKE) -s .venv/.bench
+	@$(venv_python) tests/bench/bench.py $(ARGS)
 
 # The venv sees the distribution's packages, for libnbd only: -I takes none of its test tools.  The
 # project itself is not installed in it, so that tests always run against the checkout they are in.
@@ -93,18 +94,24 @@ bench:
 	@echo 'Setting up .venv'
 	@rm -rf .venv
 	@$(PYTHON) -m venv --system-site-packages .venv
-	@$(venv_python) -c "$$EXTRAS" >.venv/requirements.txt
+	@$(venv_python) -c "$$EXTRAS" test lint >.venv/requirements.txt
 	@$(venv_python) -m pip install -q --disable-pip-version-check -I -r .venv/requirements.txt
 	@touch $@
 
+.venv/.bench: .venv/.stamp
+	@$(venv_python) -c "$$EXTRAS" bench >.venv/requirements.txt
+	@$(venv_python) -m pip install -q --disable-pip-version-check -r .venv/requirements.txt
+	@touch $@
+
 define EXTRAS
+import sys
 try:
     import tomllib
 except ImportError:  # before Python 3.11
     from pip._vendor import tomli as tomllib
 with open("pyproject.toml", "rb") as f:
     extras = tomllib.load(f)["project"]["optional-dependencies"]
-print(*extras["test"], *extras["lint"], sep="\n")
+print(*(package for extra in sys.argv[1:] for package in extras[extra]), sep="\n")
 endef
 export EXTRAS
 
