@@ -180,8 +180,8 @@ class ThreadStates:
     """Keeps the thread state of every foreign thread that reads an attribute of `this_thread` until it ends.
 
     One object per process, made and enabled in the main thread. Reading `this_thread.kept` or `.moved` belongs at the
-    start of every callback that serves a request: about 25 ns (a method would cost 40). `kept` is True where the state
-    of the calling thread outlives the callback.
+    start of every callback that serves a request: about 25 ns (a method would cost 40). `kept` is True where the
+    state of the calling thread outlives the callback.
     """
 
     def __init__(self) -> None:
