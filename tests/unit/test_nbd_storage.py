@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fakes import Gate, Job, open_fds
-from support.nbd_server import FLUSH, READ, WRITE, ZERO, Crash, CrashAfter, Fail, FakeServer, Request
+from support.nbd_server import FLUSH, READ, WRITE, ZERO, Crash, CrashAfter, Fail, FailAfter, FakeServer, Request
 from support.patterns import KiB, MiB, assert_same, stamp
 from support.server import import_nbd, wait_for
 
@@ -433,6 +433,29 @@ def test_replay_that_fails(server: FakeServer, storage: NbdStorage, clock: Clock
     broken = False
     storage.flush()
     assert server.durable[:4] == b"kept"
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
+def test_failed_write_that_took_effect(server: FakeServer, storage: NbdStorage, clock: Clock, lost: bool) -> None:
+    """Whoever has read what it left finds that later, too, although an older write to the place was not flushed."""
+
+    def hook(request: Request) -> None:
+        if request.kind == WRITE and request.data == b"new":
+            raise FailAfter(errno.EIO)
+        if lost and request.kind == FLUSH and server.connections == 1:
+            raise Crash
+
+    server.hook = hook
+    clock.on_pause = lambda: None if server.path.exists() else server.start() and None
+    storage.pwrite(b"old", 10)
+    with pytest.raises(StorageError, match="Input/output error"):
+        storage.pwrite(b"new", 10)
+    found = read(storage, 10, 3)
+    assert found == (b"old" if lost else b"new")
+    server.crash()
+    assert read(storage, 10, 3) == found
+    storage.flush()
+    assert server.durable[10:13] == found
 
 
 def test_much_is_flushed_by_itself(
