@@ -17,6 +17,8 @@ I2. Data clusters that the guest freed are handed out again once that is safe (D
 I3. The dirty period: NEED_CHECK is durable before the first metadata change, and is cleared only when everything
     is durable and nothing is in flight; new allocations wait until the cleared header is durable too.
 I4. Once a metadata write or a flush has failed, NEED_CHECK stays: the next writable open repairs.
+I5. Where nothing locks the image, somebody else may write to it.  Who does so changes the header, which is read again
+    when a dirty period begins and ends, and when the file grows; from then on nothing is allocated or freed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 import threading
 from typing import Callable, NamedTuple
 
-from .errors import QEDError, StorageError
+from .errors import ForeignWriterError, QEDError, StorageError
 from .free import CLEAN, USED, FreeMap
 from .geometry import Bounds, Geometry, MiB
 from .header import FEATURE_NEED_CHECK, HeaderUpdater
@@ -71,6 +73,7 @@ class Allocator:
         # is reused; None: it is so.
         self.sole_users: Callable[[list[Extent]], bool] | None = None
         self._looking = False  # sole_users is running
+        self.before_growth: Callable[[], None] = lambda: None  # raises StorageError if the file must not grow
 
     def allocate(self, n: int) -> Extent:
         """1 to n contiguous clusters for data, which nothing points at.  Raises StorageError (ENOSPC, EFBIG)."""
@@ -106,6 +109,7 @@ class Allocator:
         return Extent(offset, n, True)
 
     def _grow(self, end: int, wanted: int) -> None:
+        self.before_growth()
         if not self._grown and self._storage.size() > end:
             # A partial last cluster holds leftovers of an interrupted append: let it read as zeros (I1).
             # Durable before anything is linked there: else the leftovers might come back, as a guest's data.
@@ -241,20 +245,25 @@ class NeedCheckGate:
         self._changing = False  # a thread is setting or clearing it
         self._in_flight = 0  # allocating requests
         self._failed = False  # I4
+        self._others: ForeignWriterError | None = None  # somebody else writes to the image (I5)
         self._last_use = clock()  # seconds
         self._closed = False
         self._timer: threading.Thread | None = None
+        allocator.before_growth = self._refuse_others
 
     def __enter__(self) -> None:
         cond = self._cond
         with cond:
             while self._changing:
                 cond.wait()
+            if self._others is not None:
+                raise ForeignWriterError(str(self._others))
             self._in_flight += 1
             if self._dirty:
                 return
             self._changing = True
         try:
+            self._refuse_others()
             self._header.set_features(set=FEATURE_NEED_CHECK)
             # Durable before any metadata change: else a crash could leave changed tables in an image that looks
             # clean, and the next allocation would reuse what they point at.
@@ -284,6 +293,16 @@ class NeedCheckGate:
         """
         self._failed = True
 
+    def _refuse_others(self) -> None:
+        """Raises StorageError if somebody else has written to the image, for good (I5)."""
+        try:
+            self._header.refuse_others(mark=self._dirty)
+        except ForeignWriterError as error:
+            self._others = error
+            self._allocator.reuse, self._allocator.sole_users = False, None
+            self.fail()
+            raise
+
     def settled(self) -> None:
         """The flag on disk was cleared, durably, by the repair at open."""
         self._settle(dirty=False)
@@ -300,6 +319,7 @@ class NeedCheckGate:
                 return False
             self._changing = True
         try:
+            self._refuse_others()
             if self._allocator.pending:
                 self._allocator.flush()
             self._allocator.trim_tail()
