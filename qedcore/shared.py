@@ -90,6 +90,8 @@ class Opener:
         """It could not be opened for writing: others may read it, too."""
         if self._reader is not None:
             self._reader.lock(Use.READ, self._locking)
+        if self._export is not None:
+            self._export.unlock()
 
 
 class SharedImage:

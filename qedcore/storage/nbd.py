@@ -156,6 +156,12 @@ class NbdStorage:
             if peer is not None:
                 self._lock = lock_export(peer, self.name, self._identity)
 
+    def unlock(self) -> None:
+        """It will not be written to after all.  A second call does nothing."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()
+
     # -- the connection ----------------------------------------------------------------------------------------
 
     def _connect(self) -> Link:
@@ -396,8 +402,7 @@ class NbdStorage:
             link, self._link = self._link, None
         if link is not None:
             link.close()
-        if self._lock is not None:
-            self._lock.close()
+        self.unlock()
         self._peer.close()
 
 
