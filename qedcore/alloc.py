@@ -17,6 +17,8 @@ I2. Data clusters that the guest freed are handed out again once that is safe (D
 I3. The dirty period: NEED_CHECK is durable before the first metadata change, and is cleared only when everything
     is durable and nothing is in flight; new allocations wait until the cleared header is durable too.
 I4. Once a metadata write or a flush has failed, NEED_CHECK stays: the next writable open repairs.
+I5. Where nothing locks the image, somebody else may write to it.  Who does so changes the header, which is read again
+    when a dirty period begins and ends, and when the file grows; from then on nothing is allocated or freed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 import threading
 from typing import Callable, NamedTuple
 
-from .errors import QEDError, StorageError
+from .errors import ForeignWriterError, QEDError, StorageError
 from .free import CLEAN, USED, FreeMap
 from .geometry import Bounds, Geometry, MiB
 from .header import FEATURE_NEED_CHECK, HeaderUpdater
@@ -71,6 +73,7 @@ class Allocator:
         # is reused; None: it is so.
         self.sole_users: Callable[[list[Extent]], bool] | None = None
         self._looking = False  # sole_users is running
+        self.before_growth: Callable[[], None] = lambda: None  # raises StorageError if the file must not grow
 
     def allocate(self, n: int) -> Extent:
         """1 to n contiguous clusters for data, which nothing points at.  Raises StorageError (ENOSPC, EFBIG)."""
@@ -106,6 +109,7 @@ class Allocator:
         return Extent(offset, n, True)
 
     def _grow(self, end: int, wanted: int) -> None:
+        self.before_growth()
         if not self._grown and self._storage.size() > end:
             # A partial last cluster holds leftovers of an interrupted append: let it read as zeros (I1).
             # Durable before anything is linked there: else the leftovers might come back, as a guest's data.
@@ -226,7 +230,7 @@ class NeedCheckGate:
     """The dirty period (I3, I4).  Every allocating request runs inside `with gate:`.
 
     The condition protects all fields but `_inside`; it is not held across I/O: `_changing` keeps the others waiting.
-    I5. A request that finds the gate open takes no lock: it notes itself in `_inside`, then looks at `_open`.  Who
+    I6. A request that finds the gate open takes no lock: it notes itself in `_inside`, then looks at `_open`.  Who
         shuts the gate clears `_open`, then looks at `_inside`.  So one of them sees the other; each step is one call
         or store, atomic under the interpreter's lock.
     `clock` counts seconds.
@@ -245,9 +249,11 @@ class NeedCheckGate:
         self._open = self._dirty  # dirty, and nobody is changing that
         self._inside: list[None] = []  # an item per allocating request
         self._failed = False  # I4
+        self._others: ForeignWriterError | None = None  # somebody else writes to the image (I5)
         self._last_use = clock()  # seconds
         self._closed = False
         self._timer: threading.Thread | None = None
+        allocator.before_growth = self._refuse_others
 
     def __enter__(self) -> None:
         self._inside.append(None)
@@ -264,11 +270,14 @@ class NeedCheckGate:
         with self._cond:
             while self._changing:
                 self._cond.wait()
+            if self._others is not None:
+                raise ForeignWriterError(str(self._others))
             if self._dirty:
                 self._inside.append(None)
                 return
             self._changing = True
         try:
+            self._refuse_others()
             self._header.set_features(set=FEATURE_NEED_CHECK)
             # Durable before any metadata change: else a crash could leave changed tables in an image that looks
             # clean, and the next allocation would reuse what they point at.
@@ -281,7 +290,8 @@ class NeedCheckGate:
 
     def _settle(self, dirty: bool) -> None:
         with self._cond:
-            self._dirty = self._open = dirty
+            self._dirty = dirty
+            self._open = dirty and self._others is None
             self._changing = False
             self._last_use = self._clock()
             self._cond.notify_all()
@@ -293,7 +303,7 @@ class NeedCheckGate:
                 return False
             self._open = False
             self._changing = not self._inside
-            self._open = not self._changing
+            self._open = not self._changing and self._others is None
             return self._changing
 
     def fail(self) -> None:
@@ -302,6 +312,17 @@ class NeedCheckGate:
         Takes no lock, because its caller holds a table's: the flag only ever goes up.
         """
         self._failed = True
+
+    def _refuse_others(self) -> None:
+        """Raises StorageError if somebody else has written to the image, for good (I5)."""
+        try:
+            self._header.refuse_others(mark=self._dirty)
+        except ForeignWriterError as error:
+            self._others = error
+            self._open = False
+            self._allocator.reuse, self._allocator.sole_users = False, None
+            self.fail()
+            raise
 
     def settled(self) -> None:
         """The flag on disk was cleared, durably, by the repair at open."""
@@ -315,6 +336,7 @@ class NeedCheckGate:
         if not self._shut(idle):
             return False
         try:
+            self._refuse_others()
             if self._allocator.pending:
                 self._allocator.flush()
             self._allocator.trim_tail()

@@ -4,12 +4,14 @@ I1. Entries are published (stored in memory) only when they are on disk, so look
 I2. L1 entries are changed under the L1 lock and the lock of their L2 table, L2 entries under the latter.
 I3. A table whose last write failed is read again before it is believed: what is on disk decides.
 I4. Once the image may grow, every table that is read is screened for entries past the end (past_end.py).
+I5. What is remembered of slices is dropped after each change of a table; who has looked before that
+    puts what it found into the dictionary that was dropped.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .errors import CorruptImageError, StorageError
 from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
@@ -20,6 +22,9 @@ from .runs import Runs
 from .table import Table, TableIO, empty
 
 _SHORT = 32  # entries of a run that are compared one by one, before Runs pays
+_STRETCH = 1024  # entries that are looked at one by one where runs are short
+_FEW = 8  # runs of a slice that are remembered
+_MAX_KNOWN = 8192  # slices whose runs are remembered: a megabyte or two
 
 
 class Kind(enum.IntEnum):
@@ -53,12 +58,14 @@ class ClusterMap:
         self._doubtful_l1: set[int] = set()  # indexes whose last write failed (I3)
         self._own_tables: set[int] = set()  # indexes of tables that need no screening (I4)
         self._touched = -1  # index of the slice that was used last, by any thread
+        self._known: dict[int, tuple[tuple[Kind, int], ...]] = {}  # slice index -> _few_runs (I5)
 
     def reload(self, l1_offset: int, image_size: int) -> None:
         """Read the tables again: they were changed on disk or moved, or the device resized.  No request in flight."""
         self.l1_offset = l1_offset
         self.l1 = self.tables.read(l1_offset, self.geometry.l1_entries(image_size))
         self.cache.clear()
+        self._known = {}
 
     def expect_growth(self, log: Callable[[str], None]) -> None:
         """The image becomes writable: screen tables from now on (I4).  Raises StorageError."""
@@ -116,17 +123,85 @@ class ClusterMap:
                 last = self._runs.end_of_same(table, index + _SHORT, last, first)
         return kind, 0, min(length, ((last - index) << geo.l2_shift) - into)
 
-    def gap(self, pos: int, length: int) -> int:
-        """Bytes from pos, where there is no L2 table, to the next table; `length` at most."""
+    def kinds(self, pos: int, length: int) -> Sequence[tuple[Kind, int]]:
+        """(kind, bytes) of the first runs at pos, one at least, `length` bytes at most.
+
+        As lookup, but data need not be contiguous, and a gap may be over many tables.  What is said of the whole of a
+        large image, again and again, is made here: slices of a few runs are known until anything is linked, and
+        short runs come many at once.
+        """
         geo = self.geometry
-        index, last = pos >> geo.l1_shift, ((pos + length - 1) >> geo.l1_shift) + 1
-        if self._doubtful_l1:
-            end = index + 1
-        elif last - index <= _SHORT:
-            end = next((i for i in range(index + 1, last) if self.l1[i]), last)
-        else:
+        l1_index = pos >> geo.l1_shift
+        if not self.l1[l1_index] and not self._doubtful_l1:
+            return ((NO_TABLE, self._gap(pos, length, l1_index)),)
+        known = self._known  # before the look at the tables: what is linked meanwhile makes a new one
+        slice_index = pos >> geo.slice_shift
+        runs = known.get(slice_index)
+        if runs is None:
+            runs = self._few_runs(slice_index << geo.slice_shift)
+            if len(known) < _MAX_KNOWN:
+                known[slice_index] = runs
+        for kind, end in runs:
+            if pos < end:
+                return ((kind, min(length, end - pos)),)
+        return self._short_runs(pos, length)
+
+    def _few_runs(self, start: int) -> tuple[tuple[Kind, int], ...]:
+        """(kind, guest position of the end) of the runs of the slice that maps `start` on; none if there are many.
+
+        None either if an entry is wrong: whoever asks for that one is told.
+        """
+        runs: list[tuple[Kind, int]] = []
+        pos, end = start, min(start + (1 << self.geometry.slice_shift), len(self.l1) << self.geometry.l1_shift)
+        try:
+            while pos < end:
+                kind, _, n = self.lookup(pos, end - pos)
+                pos += n
+                if runs and runs[-1][0] is kind:
+                    runs.pop()
+                runs.append((kind, pos))
+                if len(runs) > _FEW or n < _SHORT << self.geometry.l2_shift:
+                    return ()
+        except CorruptImageError:
+            return ()
+        return tuple(runs)
+
+    def _short_runs(self, pos: int, length: int) -> list[tuple[Kind, int]]:
+        """As kinds, where runs are short."""
+        geo = self.geometry
+        kind, _, n = self.lookup(pos, length)
+        table = self.slice_at(pos)
+        index = ((pos + n) >> geo.l2_shift) & geo.slice_mask
+        if n == length or table is None or not index:  # the slice is over
+            return [(kind, n)]
+        last = min(index + _STRETCH, geo.slice_entries, index + ((length - n) >> geo.l2_shift))
+        start, end, mask, size = self.bounds.start, self.bounds.end, geo.cluster_mask, geo.cluster_size
+        found = []
+        for entry in table[index:last]:
+            if entry > ZERO_CLUSTER:
+                if entry & mask or not start <= entry < end:
+                    break  # the next lookup reports it
+                now = FOUND
+            else:
+                now = ZERO if entry else NO_CLUSTER
+            if now is not kind:
+                found.append((kind, n))
+                kind, n = now, 0
+            n += size
+        found.append((kind, n))
+        return found
+
+    def _gap(self, pos: int, length: int, index: int) -> int:
+        """Bytes from pos, where there is no L2 table (L1 index `index`), to the next table; `length` at most."""
+        shift = self.geometry.l1_shift
+        last = ((pos + length - 1) >> shift) + 1
+        if last - index > _SHORT:
             end = self._runs.end_of_same(self.l1, index + 1, last, UNALLOCATED)
-        return min(length, (end << geo.l1_shift) - pos)
+        elif any(self.l1[index + 1 : last]):
+            end = next(i for i in range(index + 1, last) if self.l1[i])
+        else:
+            return length
+        return min(length, (end << shift) - pos)
 
     def slice_at(self, pos: int) -> Table | None:
         """The slice that maps pos; None where there is no L2 table.  Raises like lookup."""
@@ -188,8 +263,10 @@ class ClusterMap:
             self.write_l2(self.l1[pos >> geo.l1_shift] + geo.slice_offset(pos), table, index, entries)
         except StorageError:
             self.cache.discard(pos >> geo.slice_shift)
+            self._known = {}
             raise
         table[index : index + len(entries)] = entries
+        self._known = {}  # after the change (I5)
 
     def write_new_table(self, pos: int, entries: Table, offset: int, fresh: bool) -> Table:
         """Write a new L2 table at file offset `offset`, with `entries` for the clusters from pos on.
@@ -226,6 +303,7 @@ class ClusterMap:
             # The slice first: a reader that sees the L1 entry finds the table in the cache.
             self.cache.add(pos >> geo.slice_shift, table)
             self.l1[index] = offset
+            self._known = {}  # after the change (I5)
 
     def write_l2(self, offset: int, table: Table, index: int, entries: Table) -> None:
         self.tables.write(offset, table, index, entries)
@@ -237,4 +315,5 @@ class ClusterMap:
         with self.l1_lock:
             if index in self._doubtful_l1:
                 self.l1[index] = self.tables.read(self.l1_offset + index * ENTRY, 1)[0]
+                self._known = {}
                 self._doubtful_l1.discard(index)

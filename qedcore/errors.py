@@ -66,3 +66,7 @@ class StorageError(QEDError):
 
 class UnreachableError(StorageError):
     """The server that has the storage cannot be reached now.  Nothing is lost: later requests may work again."""
+
+
+class ForeignWriterError(StorageError):
+    """Another program has written to an image that is open for writing here."""

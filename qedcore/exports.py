@@ -139,11 +139,18 @@ class OneImage:
 
 
 class _FileImage(SharedImage):
+    """`open_image` is called with this image first."""
+
     def __init__(
-        self, identity: object, open_image: Callable[[bool, Opener, InFlight], QEDImage], parameters: Parameters
+        self,
+        identity: object,
+        path: str,
+        open_image: Callable[[_FileImage, bool, Opener, InFlight], QEDImage],
+        parameters: Parameters,
     ) -> None:
-        super().__init__(open_image, parameters.log, parameters.locking)
+        super().__init__(partial(open_image, self), parameters.log, parameters.locking)
         self.identity = identity
+        self.path = path  # where it was found last: a file may be renamed; protected by the directory's lock
         self.wanted = 0  # connections that use it or wait for it; protected by the directory's lock
 
 
@@ -221,8 +228,8 @@ class ImageDirectory:
         with self._lock:
             image = self._images.get(identity)
             if image is None:
-                image = _FileImage(identity, partial(self._open_file, path, identity), self._parameters)
-                self._images[identity] = image
+                image = self._images[identity] = _FileImage(identity, path, self._open_file, self._parameters)
+            image.path = path
             image.wanted += 1
         try:
             image.enter(readonly)
@@ -247,12 +254,12 @@ class ImageDirectory:
             raise RequestError(f"export {name!r}: {path} is not a regular file")
         return path, (info.st_dev, info.st_ino)
 
-    def _open_file(
-        self, path: str, identity: object, writable: bool, opener: Opener, in_flight: InFlight
-    ) -> QEDImage:
+    def _open_file(self, image: _FileImage, writable: bool, opener: Opener, in_flight: InFlight) -> QEDImage:
+        path = image.path
+
         def checked(name: str, writable: bool, mode: CacheMode) -> Storage:
             storage = opener(name, writable, mode)
-            if name == path and storage.identity() != identity:  # I2
+            if name == path and storage.identity() != image.identity:  # I2
                 storage.close()
                 raise StorageError(f"cannot open {path}: it was replaced meanwhile", code=errno.ESTALE)
             return storage

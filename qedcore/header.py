@@ -13,7 +13,7 @@ import os
 import struct
 from dataclasses import astuple, dataclass, replace
 
-from .errors import ImageFormatError, RequestError, StorageError, UnsupportedError
+from .errors import ForeignWriterError, ImageFormatError, RequestError, StorageError, UnsupportedError
 from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Bounds, Geometry, check_device_size
 from .locks import Rank, ranked_lock
 from .storage import Storage
@@ -155,6 +155,24 @@ class HeaderUpdater:
         self._storage = storage
         self._lock = ranked_lock(Rank.HEADER)
         self.header = header  # replaced under the lock; read freely
+        self._certain = True  # it is what is on disk; under the lock
+
+    def refuse_others(self, mark: bool) -> None:
+        """Raises ForeignWriterError if somebody else has written the header since it was read or written here.
+
+        With `mark` the image is then marked as to be checked: two have changed its tables.
+        """
+        with self._lock:
+            data = bytearray(HEADER_BYTES)
+            self._storage.pread_into(data, 0)
+            if not self._certain or data == self.header.pack():
+                return
+            there = Header.unpack(bytes(data))
+            if mark and there.magic == MAGIC and not there.need_check:
+                self._storage.pwrite(replace(there, features=there.features | FEATURE_NEED_CHECK).pack(), 0)
+        raise ForeignWriterError(
+            f"{self._storage.name}: another program writes to it: no clusters are allocated any more: check the image"
+        )
 
     def set_features(self, clear: int = 0, set: int = 0) -> None:
         """Change feature bits on disk, then in memory.  Does not flush."""
@@ -207,8 +225,10 @@ class HeaderUpdater:
 
     def _write(self, header: Header, name: bytes = b"") -> None:
         """Write the header, with the name that follows it, if any."""
+        self._certain = False
         try:
             self._storage.pwrite(header.pack() + name, 0)
         except StorageError as error:
             raise StorageError(f"failed to update header: {error}", code=error.errno or errno.EIO) from None
         self.header = header
+        self._certain = True

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from .cluster import FOUND, NO_TABLE, ZERO, ClusterMap, Kind
+from .cluster import FOUND, ZERO, ClusterMap, Kind
 from .errors import ReadOnlyError, RequestError, ShutdownError
 from .geometry import ZERO_CLUSTER
 from .in_flight import InFlight
@@ -149,25 +149,34 @@ class Requests:
         """(bytes, FOUND or ZERO) of the runs of a range, through the whole chain; neighbours of a kind are joined."""
         self._check_range(pos, length)
         found: list[tuple[int, Kind]] = []
-        end = pos + length
+        end, backing = pos + length, self.backing
+        last, size = None, 0  # the run that may go on
         while pos < end:
-            kind, _, n = self._clusters.lookup(pos, end - pos)
-            if kind is NO_TABLE:
-                n = self._clusters.gap(pos, end - pos)  # often over many tables
-            if kind is not ZERO and kind is not FOUND and self.backing is None:
-                kind = ZERO
-            elif kind is not FOUND and kind is not ZERO:
-                storage, _, n = find_data(self.backing, pos, n)
-                kind = ZERO if storage is None else FOUND
-            if found and found[-1][1] is kind:
-                n_before, _ = found.pop()
-                found.append((n_before + n, kind))
-            elif found and one:
-                break
-            else:
-                found.append((n, kind))
-            pos += n
+            for kind, n in self._clusters.kinds(pos, end - pos):
+                rest = 0
+                if kind is not FOUND and kind is not ZERO:
+                    if backing is None:
+                        kind = ZERO
+                    else:
+                        kind, n, rest = self._below(backing, pos, n)
+                if kind is not last:
+                    if last is not None:
+                        found.append((size, last))
+                        if one:
+                            return found
+                    last, size = kind, 0
+                size += n
+                pos += n
+                if rest:
+                    break
+        if last is not None:
+            found.append((size, last))
         return found
+
+    def _below(self, backing: Source, pos: int, length: int) -> tuple[Kind, int, int]:
+        """The run of what is below the image: (FOUND or ZERO, its bytes, bytes of `length` after it)."""
+        storage, _, n = find_data(backing, pos, length)
+        return ZERO if storage is None else FOUND, n, length - n
 
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:
         raise ReadOnlyError(f"{self._storage.name} was opened read-only")

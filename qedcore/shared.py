@@ -9,31 +9,56 @@ I3. It is reopened at most once while in use: for writing, when it was opened fo
 
 from __future__ import annotations
 
-from typing import Callable
+import errno
+from typing import TYPE_CHECKING, Callable
 
-from .errors import QEDError
+from .errors import QEDError, StorageError
 from .image import QEDImage
 from .in_flight import InFlight
 from .locks import Rank, ranked_lock
 from .storage import Storage
-from .storage.file import CacheMode, FileStorage, is_uri, open_file, open_storage
+from .storage.file import CacheMode, FileStorage, is_uri, open_file
 from .storage.lock import Locking, Use
+
+if TYPE_CHECKING:
+    from .storage.nbd import NbdStorage
+
+
+class _Borrowed:
+    """A storage that somebody else closes, and later."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.name = storage.name
+        self.fixed_size = storage.fixed_size
+        self.size = storage.size
+        self.pread_into = storage.pread_into
+        self.pwrite = storage.pwrite
+        self.pwritev = storage.pwritev
+        self.truncate = storage.truncate
+        self.punch = storage.punch
+        self.flush = storage.flush
+        self.identity = storage.identity
+
+    def close(self) -> None:
+        """Its owner does."""
 
 
 class Opener:
     """Opens the files of one image, which is read at first and may be written later.
 
     Its lock is then raised on the descriptor that has it, and only then shared with the new one: no other program can
-    have written to the file since it was first read.
+    have written to the file since it was first read.  An export has one connection for both: some servers take no
+    more, and the reader's image is closed after the writer's.
     """
 
     def __init__(self, locking: Locking) -> None:
         self._locking = locking
         self._reader: FileStorage | None = None  # the image itself, opened read-only
+        self._export: NbdStorage | None = None  # the same, on a server
 
     def __call__(self, path: str, writable: bool, mode: CacheMode) -> Storage:
         if is_uri(path):
-            return open_storage(path, writable, mode)
+            return self._open_export(path, writable, mode)
         if not writable or self._reader is None:
             storage = open_file(path, writable, mode, locking=self._locking)
             self._reader = self._reader or storage
@@ -41,17 +66,32 @@ class Opener:
         self._reader.lock(Use.WRITE, self._locking)
         storage = open_file(path, writable, mode, locking=Locking.OFF)
         try:
-            if not storage.share_lock(self._reader):  # the file was replaced
-                storage.lock(Use.WRITE, self._locking)
+            if storage.identity() != self._reader.identity():
+                raise StorageError(
+                    f"cannot open {path} for writing: it was replaced since it was first opened", code=errno.ESTALE
+                )
+            storage.share_lock(self._reader)
         except BaseException:
             storage.close()
             raise
+        return storage
+
+    def _open_export(self, uri: str, writable: bool, mode: CacheMode) -> Storage:
+        from .storage.nbd import open_uri
+
+        if writable and self._export is not None:
+            self._export.allow_writing(self._locking)
+            return _Borrowed(self._export)
+        storage = open_uri(uri, writable, no_flush=mode.no_flush, locking=self._locking)
+        self._export = self._export or storage
         return storage
 
     def read_only(self) -> None:
         """It could not be opened for writing: others may read it, too."""
         if self._reader is not None:
             self._reader.lock(Use.READ, self._locking)
+        if self._export is not None:
+            self._export.unlock()
 
 
 class SharedImage:

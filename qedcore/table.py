@@ -22,8 +22,11 @@ _PER_SECTOR = SECTOR // ENTRY  # entries
 _SWAP = sys.byteorder == "big"
 
 
+_NOTHING: Table = array("Q", (0,))
+
+
 def empty(entries: int) -> Table:
-    return array("Q", bytes(entries * ENTRY))
+    return _NOTHING * entries  # no temporary of its size: that costs ten times as much for large ones
 
 
 def contiguous(offset: int, n: int, cluster_size: int) -> Table:

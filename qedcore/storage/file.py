@@ -112,13 +112,11 @@ class FileStorage:
         if self._lock is not None:
             self._lock.change(use)
 
-    def share_lock(self, other: FileStorage) -> bool:
-        """Lock the file as `other` has it locked, if that is the same file: the two do not exclude each other."""
-        if other.fd < 0 or other._lock is None or other.identity() != self.identity():
-            return False
-        self._lock = FileLock(self.fd, self.name)
-        self._lock.copy(other._lock)
-        return True
+    def share_lock(self, other: FileStorage) -> None:
+        """Lock the file as `other`, which is the same one, has it locked: the two do not exclude each other."""
+        if other._lock is not None:
+            self._lock = FileLock(self.fd, self.name)
+            self._lock.copy(other._lock)
 
     def size(self) -> int:
         try:

@@ -1,7 +1,7 @@
 """NbdStorage: an image in an export of an NBD server.
 
-I1-I4 as in the contract.  The size is fixed.  NBD has no locks: nothing here keeps another client from writing to
-the same export.
+I1-I4 as in the contract.  The size is fixed.  NBD has no locks: only the programs of this machine that reach the
+server at the same address keep each other from writing to one export (lock_export).
 
 A lost connection is made again, and then
 I5. every write that was answered since the last flush is sent again, in order, before anything else: the server may
@@ -9,6 +9,7 @@ I5. every write that was answered since the last flush is sent again, in order, 
 I6. requests that had no answer are sent again; all of them may be repeated without harm.
 I7. While the server stays away, requests fail after a while, but a failed flush is not a lost one: what it was for
     is still kept, so a flush that succeeds after the server has come back tells the truth.
+I8. What a failed write has left behind is not undone by sending older ones again, once somebody may have read it.
 A server that has no flush is believed: what it has answered counts as durable.
 
 One thing cannot be helped: where the network fails, rather than the server, the server may find and carry out an old
@@ -18,6 +19,8 @@ request after a later one of the new connection.
 from __future__ import annotations
 
 import errno
+import hashlib
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -27,6 +30,7 @@ from ..errors import StorageError, UnreachableError
 from ..locks import Rank, ranked_condition
 from . import ReadBuffer, WriteBuffer
 from .flush import GroupCommit
+from .lock import LockedError, Locking
 from .nbd_link import Link, LinkLost, Peer, explained, import_nbd
 from .ranges import BusyRanges
 
@@ -97,6 +101,7 @@ class NbdStorage:
         *,
         no_flush: bool = False,
         identity: object = None,
+        locking: Locking = Locking.AUTO,
         patience: float = PATIENCE,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
@@ -133,9 +138,29 @@ class NbdStorage:
         self._can_zero = bool(handle.can_zero())
         self._can_tell_zeros = bool(handle.can_meta_context("base:allocation"))
         self._commit = GroupCommit(self._sync)
-        if writable and handle.is_read_only():
-            self.close()
-            raise StorageError(f"cannot open {name} for writing: the server has it read-only", code=errno.EROFS)
+        self._read_only = bool(handle.is_read_only())
+        self._lock: socket.socket | None = None
+        if writable:
+            try:
+                self.allow_writing(locking)
+            except BaseException:
+                self.close()
+                raise
+
+    def allow_writing(self, locking: Locking) -> None:
+        """It will be written to, too, and by nobody else on this machine.  Raises StorageError and LockedError."""
+        if self._read_only:
+            raise StorageError(f"cannot open {self.name} for writing: the server has it read-only", code=errno.EROFS)
+        if self._lock is None and locking is not Locking.OFF and self._link is not None:
+            peer = self._link.peer()
+            if peer is not None:
+                self._lock = lock_export(peer, self.name, self._identity)
+
+    def unlock(self) -> None:
+        """It will not be written to after all.  A second call does nothing."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()
 
     # -- the connection ----------------------------------------------------------------------------------------
 
@@ -298,10 +323,23 @@ class NbdStorage:
                 self._kept_bytes += write.cost
         try:
             self._call(partial(_send, write))
-        except BaseException:
+        except BaseException as error:
             self._forget([write])
+            if not isinstance(error, UnreachableError):
+                self._settle(write)
             raise
         write.answered = True
+
+    def _settle(self, failed: _Write) -> None:
+        """The server has refused a write, and may have carried out some of it: what is there now must stay (I8)."""
+        end = failed.offset + failed.length
+        with self._cond:
+            older = any(w.offset < end and failed.offset < w.offset + w.length for w in self._kept)
+        if older:
+            try:
+                self.flush()
+            except StorageError:
+                pass  # either no flush succeeds any more, or the next link begins with sending again
 
     def truncate(self, size: int) -> None:
         raise StorageError(f"cannot make {self.name} {size} bytes long: it has {self.size()}", code=errno.ENOSPC)
@@ -364,9 +402,28 @@ class NbdStorage:
             link, self._link = self._link, None
         if link is not None:
             link.close()
+        self.unlock()
         self._peer.close()
 
 
-def open_uri(uri: str, writable: bool, *, no_flush: bool = False, trusted: bool = True) -> NbdStorage:
+def lock_export(peer: str, name: str, identity: object) -> socket.socket:
+    """The right of this machine's programs to write to the export `peer`, until it is closed or the process ends.
+
+    It is the name of a socket, which only one of them can have.  Raises LockedError and StorageError.
+    """
+    lock = socket.socket(socket.AF_UNIX)
+    try:
+        lock.bind("\0qed-writer-" + hashlib.sha256(peer.encode("utf-8", "surrogateescape")).hexdigest())
+    except OSError as error:
+        lock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise LockedError('Failed to get "write" lock', name, identity) from None
+        raise StorageError(f"cannot lock {name}", error) from None
+    return lock
+
+
+def open_uri(
+    uri: str, writable: bool, *, no_flush: bool = False, trusted: bool = True, locking: Locking = Locking.AUTO
+) -> NbdStorage:
     """The export at an NBD URI.  `trusted`: the URI is not out of an image, and may name files with keys."""
-    return NbdStorage(uri, UriPeer(uri, trusted), writable, no_flush=no_flush)
+    return NbdStorage(uri, UriPeer(uri, trusted), writable, no_flush=no_flush, locking=locking)

@@ -120,6 +120,14 @@ class Link:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(int(seconds * 1000), 1))
 
+    def peer(self) -> str | None:
+        """The export at the other end, named alike by all clients on this machine; None if it cannot be told."""
+        with socket.socket(fileno=os.dup(self.handle.aio_get_fd())) as sock:
+            address, export = sock.getpeername(), self.handle.get_export_name()
+            if sock.family == socket.AF_UNIX and not os.path.isabs(address):
+                return None  # a private one, or relative to the directory of its server
+            return f"{sock.family.name} {address} {export}"
+
     def call(self, submit: Callable[[Any, Callable[[Any], int]], object]) -> None:
         """Carry out one request: submit(handle, completion) calls one of libnbd's aio functions.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from support import qemu
 from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import Built, ImageSpec, QedFile, assert_sound, build, read_header
 from support.server import Nbdkit, disconnect, import_nbd, refusal, wait_for
-from support.tools import require, run, unavailable
+from support.tools import REPO, require, run, run_ok, unavailable
 
 CS = 64 * KiB
 NEED_CHECK = 2
@@ -258,6 +259,46 @@ def test_a_replaced_image_is_another_one(home: Path, serve: Serve) -> None:
     after.shutdown()
     server.stop()
     assert_sound(home / "a")
+
+
+def test_a_renamed_image_is_the_same_one(home: Path, serve: Serve) -> None:
+    """Readers have it under its old name; whoever comes by the new one may write, even if the old one is taken."""
+    built = make(home, "a", 1)
+    with_r = serve(dir=home)
+    reader = connect(with_r, "a")
+    assert_same(reader.pread(CS, 0), built.read(0, CS))
+    os.rename(home / "a", home / "b")
+    make(home, "a", 2)
+    writer = connect(with_r, "b")
+    writer.pwrite(stamp(7, 5 * CS, 512), 5 * CS)
+    assert_same(reader.pread(512, 5 * CS), stamp(7, 5 * CS, 512))
+    other = connect(with_r, "a")
+    assert_same(other.pread(512, 5 * CS), bytes(512))
+    for client in (reader, writer, other):
+        client.shutdown()
+    with_r.stop()
+    assert_sound(home / "b")
+    assert_sound(home / "a")
+
+
+def test_an_image_grows_between_its_clients(home: Path, serve: Serve) -> None:
+    """NBD cannot resize a disk in use; the server need not end for it: without clients an image is not open."""
+    built = make(home, "a")
+    server = serve(dir=home)
+    client = connect(server, "a")
+    resize = [sys.executable, "-m", "qedcore", "resize", str(home / "a"), "+1M"]
+    refusal = run(resize, cwd=REPO)
+    assert refusal.rc == 1 and 'Failed to get "write" lock' in refusal.text or "lock" in refusal.text, refusal.text
+    client.shutdown()
+    wait_for(lambda: open_files(server, home) == [], "it is closed")
+    run_ok(resize, cwd=REPO)
+    client = connect(server, "a")
+    assert client.get_size() == 2 * MiB
+    client.pwrite(stamp(3, 2 * MiB - 512, 512), 2 * MiB - 512)
+    assert_same(client.pread(MiB, 0), built.read(0, MiB))
+    client.shutdown()
+    server.stop()
+    qemu.assert_check_clean(home / "a")
 
 
 def test_read_only(home: Path, serve: Serve) -> None:

@@ -286,6 +286,49 @@ def test_read_only(
     assert "the server has it read-only" in server.log()
 
 
+def test_a_server_with_room_for_one(tmp_path: Path, image: Callable[..., Built], serve: Serve) -> None:
+    """The image is opened for reading, and then for writing, over one connection."""
+    built = image(size=64 * MiB, layout="D-Z")
+    path = export(tmp_path, built)
+    with QemuNbd(path, fmt="raw", args=["-e", "1"]) as storage_server:
+        server = serve(storage_server.uri)
+        for n in range(2):
+            client = server.connect()
+            assert_same(client.pread(CS, 0), stamp(1, 0, CS))
+            client.pwrite(stamp(n + 2, (n + 1) * MiB, CS), (n + 1) * MiB)
+            client.shutdown()
+        server.stop()
+    assert_sound_in(path, tmp_path / "image.qed")
+
+
+def test_one_writer_on_one_machine(
+    tmp_path: Path, image: Callable[..., Built], serve: Serve, backend: Callable[..., Backend]
+) -> None:
+    """As with files: one writer; any number of readers; and it is over with the writer, however that ends."""
+    nbd = import_nbd()
+    built = image(size=64 * MiB, layout="D")
+    storage_server = backend("file", str(export(tmp_path, built)), tcp=True)
+    first, second = serve(storage_server.uri), serve(f"nbd://localhost:{storage_server.port}/")
+    writer = first.connect()
+    writer.pwrite(stamp(2, MiB, CS), MiB)
+    with pytest.raises(nbd.Error):
+        second.connect()
+    assert 'Failed to get "write" lock. Is another process using the image [nbd://localhost' in second.log()
+    reader = serve(storage_server.uri, read_only=True).connect()
+    assert_same(reader.pread(CS, 0), stamp(1, 0, CS))
+    first.kill()
+    client = second.connect()
+    assert_same(client.pread(CS, MiB), stamp(2, MiB, CS))
+    client.pwrite(stamp(3, 2 * MiB, CS), 2 * MiB)
+    unlocked = serve(storage_server.uri, lock="off").connect()  # sees what was not closed cleanly, and repairs it
+    with pytest.raises(nbd.Error):
+        for n in range(600):
+            client.pwrite(bytes([1]) * CS, 3 * MiB + n * CS)
+    assert "another program writes to it" in second.log()
+    for handle in (reader, client, unlocked):
+        disconnect(handle)
+
+
 def test_nobody_there(tmp_path: Path, serve: Serve) -> None:
     import_nbd()
     with pytest.raises(StartError) as caught:

@@ -24,6 +24,9 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "absent directory": (["file=no-such/x.qed"], ("no-such/x.qed",)),
     "directory": (["file=."], ("not a file",)),
     "not QED": (["file=raw.bin"], ("not in qed format",)),
+    "qcow2": (["file=disk.qcow2"], ("disk.qcow2", "not in qed format")),
+    "character device": (["file=/dev/null"], ("/dev/null", "not a file or block device")),
+    "server that is not there": (["file=nbd+unix:///?socket=no-such"], ("nbd+unix", "no such file")),
     "empty image": (["file=empty.bin"], ("not in qed format",)),
     "file twice": (["file=image.qed", "file=image.qed"], ("file", "twice")),
     "unknown": (["file=image.qed", "bogus=1"], ("bogus",)),
@@ -58,6 +61,7 @@ def directory(tmp_path: Path, image: Callable[..., Built]) -> Path:
     image(layout="DZ-D")
     (tmp_path / "raw.bin").write_bytes(b"\x01" * 4096)
     (tmp_path / "empty.bin").write_bytes(b"")
+    (tmp_path / "disk.qcow2").write_bytes(b"QFI\xfb\0\0\0\3".ljust(4096, b"\0"))
     return tmp_path
 
 

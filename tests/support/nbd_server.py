@@ -37,6 +37,10 @@ class Fail(Exception):
     """Raised by the hook with an errno: the answer."""
 
 
+class FailAfter(Exception):
+    """Raised by the hook with an errno: the answer to a request that was carried out."""
+
+
 class FakeServer:
     """Listens at `path` from start() on.  start() after a crash brings it back, with what was durable."""
 
@@ -129,10 +133,12 @@ class FakeServer:
             reply(0x80000001)  # not supported
 
     def _answer(self, connection: socket.socket, lock: threading.Lock, handle: int, request: Request) -> None:
-        code, data, after = 0, b"", False
+        code, data, after, refused = 0, b"", False, False
         try:
             self.hook(request)
         except Fail as error:
+            code, refused = error.args[0], True
+        except FailAfter as error:
             code = error.args[0]
         except Crash:
             self.crash()
@@ -142,9 +148,10 @@ class FakeServer:
         with self._lock:
             if connection not in self._open:
                 return  # it has crashed meanwhile
-            if not code:
+            if not refused:
                 self.log.append(request)
                 data = self._carry_out(request)
+                data = b"" if code else data
         if after:
             self.crash()
             return

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 from fakes import Gate, Job, open_fds
-from support.nbd_server import FLUSH, READ, WRITE, ZERO, Crash, CrashAfter, Fail, FakeServer, Request
+from support.nbd_server import FLUSH, READ, WRITE, ZERO, Crash, CrashAfter, Fail, FailAfter, FakeServer, Request
 from support.patterns import KiB, MiB, assert_same, stamp
 from support.server import import_nbd, wait_for
 
 from qedcore.errors import StorageError, UnreachableError
+from qedcore.shared import Opener
 from qedcore.storage import nbd as nbd_module
-from qedcore.storage.nbd import NbdStorage, UriPeer
+from qedcore.storage.file import CacheMode
+from qedcore.storage.lock import LockedError, Locking
+from qedcore.storage.nbd import NbdStorage, UriPeer, open_uri
 from qedcore.storage.nbd_link import Link
 
 SIZE = 1 * MiB
@@ -433,6 +436,51 @@ def test_replay_that_fails(server: FakeServer, storage: NbdStorage, clock: Clock
     broken = False
     storage.flush()
     assert server.durable[:4] == b"kept"
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
+def test_failed_write_that_took_effect(server: FakeServer, storage: NbdStorage, clock: Clock, lost: bool) -> None:
+    """Whoever has read what it left finds that later, too, although an older write to the place was not flushed."""
+
+    def hook(request: Request) -> None:
+        if request.kind == WRITE and request.data == b"new":
+            raise FailAfter(errno.EIO)
+        if lost and request.kind == FLUSH and server.connections == 1:
+            raise Crash
+
+    server.hook = hook
+    clock.on_pause = lambda: None if server.path.exists() else server.start() and None
+    storage.pwrite(b"old", 10)
+    with pytest.raises(StorageError, match="Input/output error"):
+        storage.pwrite(b"new", 10)
+    found = read(storage, 10, 3)
+    assert found == (b"old" if lost else b"new")
+    server.crash()
+    assert read(storage, 10, 3) == found
+    storage.flush()
+    assert server.durable[10:13] == found
+
+
+def test_one_writer_and_one_connection(server: FakeServer) -> None:
+    """A server's opener, as in test_lock.py: the writer has the reader's connection, and keeps other writers away."""
+    opener = Opener(Locking.AUTO)
+    reader = opener(server.uri, False, CacheMode())
+    open_uri(server.uri, True).close()  # a reader locks nothing
+    before = server.connections
+    writer = opener(server.uri, True, CacheMode())
+    assert server.connections == before
+    writer.pwrite(b"x", 0)
+    with pytest.raises(LockedError, match='Failed to get "write" lock. Is another process using the image'):
+        open_uri(server.uri, True)
+    open_uri(server.uri, True, locking=Locking.OFF).close()
+    open_uri(server.uri, False).close()
+    writer.close()
+    assert read(reader, 0, 1) == b"x"
+    opener.read_only()  # it was not to be
+    open_uri(server.uri, True).close()
+    writer = opener(server.uri, True, CacheMode())
+    reader.close()
+    open_uri(server.uri, True).close()
 
 
 def test_much_is_flushed_by_itself(

@@ -955,6 +955,60 @@ def test_extents(tapped: Tapped, rng: random.Random, backing: int) -> None:
     assert tap.log == []
 
 
+@pytest.mark.parametrize("backing", [0, 40 * CS + 5])
+def test_extents_after_every_change(tapped: Tapped, rng: random.Random, backing: int) -> None:
+    """What was remembered of a table does not outlive a change of it, nor a failure after which it is read again."""
+    clusters = 3000
+    img, tap, _ = tapped(layout="D" * 40, size=clusters * CS, backing=backing)
+    for turn in range(60):
+        first = rng.choice([0, 15, 40, 100, 1000])
+        change = [
+            lambda: img.pwrite(b"x" * CS, first * CS),  # noqa: B023
+            lambda: img.trim(first * CS, (clusters - first) * CS),  # noqa: B023
+            lambda: img.zero(first * CS, 50 * CS, may_trim=True),  # noqa: B023
+        ][turn % 3]
+        if turn % 4 == 3:
+            tap.hook = FailAt(rng.choice([1, 2]), ["pwrite"], late=True)
+        try:
+            change()
+        except StorageError:
+            pass
+        tap.hook = None
+        at = 0
+        for n, kind in img.extents(0, img.size):
+            for cluster in range(at // CS, (at + n) // CS):
+                here = img.lookup(cluster * CS, CS)[0].name
+                data = here == "FOUND" or (here != "ZERO" and cluster * CS < backing)
+                assert data == (kind.name == "FOUND") or cluster == backing // CS, (turn, cluster)
+            at += n
+        assert at == img.size
+
+
+def test_extents_beside_a_write(tapped: Tapped, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was seen of a table before it changed is not remembered after."""
+    img, _, _ = tapped(layout="-", size=GiB)
+    gate = Gate()
+    look = img._clusters._few_runs
+
+    def slow(start: int) -> Any:
+        runs = look(start)
+        gate.stop()
+        return runs
+
+    monkeypatch.setattr(img._clusters, "_few_runs", slow)
+    job = Job(img.extents, 0, GiB)
+    gate.reached()
+    monkeypatch.undo()
+    img.pwrite(b"x", 100 * CS)
+    gate.open()
+    job.result()
+    assert [(n, kind.name) for n, kind in img.extents(0, GiB)] == [
+        (100 * CS, "ZERO"),
+        (CS, "FOUND"),
+        (GiB - 101 * CS, "ZERO"),
+    ]
+
+
 # Two requests at a time, one step after the other
 
 
