@@ -19,31 +19,56 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["QEDCORE_CHECK_LOCKS"] = "1"
 
-from crash.engine import SHAPES, Setup, check, record  # noqa: E402
+from crash.engine import LIMITS, MIX, SHAPES, Setup, check, record  # noqa: E402
+from crash.offline import KINDS, Offline  # noqa: E402
+from support.tools import scratch  # noqa: E402
 
 from qedcore.errors import QEDError  # noqa: E402
 
-_LIMIT = 4000  # states of one history; large tables take long to look at
-_LIMITS = {"64K/4": 400}
+_LIMIT = 4000  # states of one history
+_WEIGHTS = {"4K/1": 30, "4K/2": 30, "4K/4": 15, "64K/1": 8}  # of shapes; the others take long to look at
+_OFFLINE = 0.1  # part of the histories
 
 
-def run(seed: str, number: int) -> tuple[int, str, str]:
-    """One history: states, what it was, and what broke ("" if nothing did)."""
+Result = tuple[int, str, str]  # states, what it was, and what broke ("" if nothing did)
+
+
+def run(seed: str, number: int) -> Result:
+    """One history."""
     rng = random.Random(f"{seed}/{number}")
-    shape = rng.choices(list(SHAPES), (45, 45, 10))[0]
+    with tempfile.TemporaryDirectory(prefix="qed-crash-", dir=scratch()) as directory:
+        if rng.random() < _OFFLINE:
+            return offline(Path(directory), rng)
+        return online(Path(directory), rng)
+
+
+def online(directory: Path, rng: random.Random) -> Result:
+    name = rng.choices(list(SHAPES), [_WEIGHTS.get(name, 3) for name in SHAPES])[0]
     backing = rng.random() < 0.5
     trailing = rng.choice((b"", b"trailing" * 448))
-    threads, requests, phases = rng.choice((1, 2, 3, 4)), rng.randint(4, 16), rng.choice((1, 2, 3))
+    threads, requests, phases = rng.choice((1, 2, 3, 4, 6)), rng.randint(4, 16), rng.choice((1, 2, 3))
+    share = rng.choice((0.0, 0.01, 0.1, 0.3))
+    mix = rng.choice((MIX, (60, 10, 5, 5, 0, 20), (30, 10, 25, 15, 20, 5)))
     what = (
-        f"{shape}, {'' if backing else 'no '}backing file, {threads} threads, {phases} phases of {requests} requests"
+        f"{name}, {'' if backing else 'no '}backing file, {phases} phases of {threads} threads with {requests} "
+        f"requests each, switching in {share:.0%} of the places"
     )
-    with tempfile.TemporaryDirectory(prefix="qed-crash-") as directory:
-        setup = Setup(Path(directory), SHAPES[shape], backing, trailing=trailing)
-        try:
-            history = record(setup, rng, threads, requests, phases)
-            return check(setup, history, rng, limit=_LIMITS.get(shape, _LIMIT)), what, ""
-        except (AssertionError, QEDError) as error:
-            return 0, what, str(error) or repr(error)
+    try:
+        setup = Setup(directory, SHAPES[name], backing, trailing=trailing)
+        history = record(setup, rng, threads, requests, phases, share, mix)
+        return check(setup, history, rng, limit=4 * LIMITS.get(name, _LIMIT // 4)), what, ""
+    except (AssertionError, QEDError) as error:
+        return 0, what, str(error) or repr(error)
+
+
+def offline(directory: Path, rng: random.Random) -> Result:
+    what = kind = rng.choice(KINDS)
+    try:
+        case = Offline(directory, rng, kind)
+        what = f"{kind} {case.spec}"
+        return case.check(subsets=4), what, ""
+    except (AssertionError, QEDError) as error:
+        return 0, what, str(error) or repr(error)
 
 
 def main() -> int:
@@ -62,7 +87,7 @@ def main() -> int:
     states = histories = failed = 0
     numbers = itertools.count()
     with ProcessPoolExecutor(args.jobs) as pool:
-        running: dict[Future[tuple[int, str, str]], int] = {}
+        running: dict[Future[Result], int] = {}
         while states < args.states and not failed or running:
             while states < args.states and not failed and len(running) < 2 * args.jobs:
                 number = next(numbers)

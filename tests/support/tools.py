@@ -76,3 +76,8 @@ def run_ok(
     result = run(args, cwd=cwd, stdin=stdin)
     assert result.rc == 0, f"{args}: rc {result.rc}\n{result.text}"
     return result.out
+
+
+def scratch() -> str | None:
+    """A directory in memory, if there is one: for thousands of files that are flushed."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
