@@ -16,7 +16,7 @@ from support.patterns import KiB, stamp
 from support.qed_image import F_NEED_CHECK, Geometry, ImageSpec, build
 
 import qedcore
-from qedcore import compact
+from qedcore import alloc, compact
 from qedcore.chain import close_source
 from qedcore.commit import commit
 from qedcore.rebase import open_base, rebase
@@ -108,8 +108,9 @@ class Offline:
         world = World(*files)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(compact, "WINDOW", 4 * CS)
+            patch.setattr(alloc, "GROWTH_STEP", 8 * CS)
             self.run(world.open)
-        states = check_crashes(world, self.path, allowed, self._repair_base, self.rng, subsets)
+            states = check_crashes(world, self.path, allowed, self._repair_base, self.rng, subsets)
         world.save()
         assert guest(self.path) == allowed[-1]
         return states
