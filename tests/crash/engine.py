@@ -296,14 +296,16 @@ def record(
     return history
 
 
-def check(setup: Setup, history: History, rng: random.Random, subsets: int = 4, limit: int = 1 << 62) -> int:
-    """Look at the states that crashes may leave, `limit` of them at most; how many.  Raises Violation."""
+def check(
+    setup: Setup, history: History, rng: random.Random, subsets: int = 4, limit: int = 1 << 62, part: float = 1.0
+) -> int:
+    """Look at this part of the states that crashes may leave, `limit` at most; how many.  Raises Violation."""
     model = GuestModel(setup.initial, setup.sectors)
     events = iter([*history.events, (1 << 62, "", ())])
     ops, method, args = next(events)
     states = 0
     with small_steps(setup.shape):
-        for state in history.world.crash_states(rng, subsets):
+        for state in history.world.crash_states(rng, subsets, part):
             while ops <= state.ops:
                 getattr(model, method)(*args)
                 ops, method, args = next(events)

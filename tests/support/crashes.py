@@ -110,10 +110,11 @@ class World:
         for path, content in self.files.items():
             Path(path).write_bytes(content)
 
-    def crash_states(self, rng: random.Random | None = None, subsets: int = 1) -> Iterator[State]:
+    def crash_states(self, rng: random.Random | None = None, subsets: int = 1, part: float = 1.0) -> Iterator[State]:
         """After each op: with all that was written; without one, or any, of the unflushed ops; torn; random subsets.
 
         The prefixes of what is unflushed, and each of its ops alone, are states after earlier ops.
+        Only about this `part` of the states.
         """
         rng = rng or random.Random(0)
         seen: set[tuple[int, tuple[int, ...]]] = set()
@@ -138,6 +139,8 @@ class World:
                     if (flushes, numbers) in seen:
                         continue
                     seen.add((flushes, numbers))
+                if part < 1 and rng.random() >= part:
+                    continue
                 files = {path: bytearray(content) for path, content in durable.items()}
                 for other in kept:
                     other.apply(files)
