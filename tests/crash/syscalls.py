@@ -44,10 +44,8 @@ MIX = (45, 12, 10, 16, 9, 0)  # as in crash.engine, without the timer
 def changed_plugin(directory: Path, code: str) -> Path:
     """The plugin, which runs `code` first: to see what then happens, or in smaller steps."""
     path = directory / "changed.py"
-    execute = f"__file__ = {str(PLUGIN)!r}\nwith open(__file__) as f:\n    code = f.read()\n"
-    path.write_text(
-        f"import sys\nsys.path.insert(0, {str(REPO)!r})\n{code}\n{execute}exec(compile(code, __file__, 'exec'))\n"
-    )
+    rest = "with open(__file__) as f:\n    code = f.read()\nexec(compile(code, __file__, 'exec'))\n"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(REPO)!r})\n{code}\n__file__ = {str(PLUGIN)!r}\n{rest}")
     return path
 
 
