@@ -23,8 +23,8 @@ os.environ["QEDCORE_CHECK_LOCKS"] = "1"
 
 from crash.engine import LIMITS, MIX, SHAPES, History, Setup, check, record  # noqa: E402
 from crash.offline import KINDS, Offline  # noqa: E402
-from crash.syscalls import Recording, changed_plugin  # noqa: E402
-from support.tools import scratch  # noqa: E402
+from crash.syscalls import Recording  # noqa: E402
+from support.tools import changed_plugin, scratch  # noqa: E402
 
 from qedcore.errors import QEDError  # noqa: E402
 

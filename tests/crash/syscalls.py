@@ -41,14 +41,6 @@ _DATA = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
 MIX = (45, 12, 10, 16, 9, 0)  # as in crash.engine, without the timer
 
 
-def changed_plugin(directory: Path, code: str) -> Path:
-    """The plugin, which runs `code` first: to see what then happens, or in smaller steps."""
-    path = directory / "changed.py"
-    rest = "with open(__file__) as f:\n    code = f.read()\nexec(compile(code, __file__, 'exec'))\n"
-    path.write_text(f"import sys\nsys.path.insert(0, {str(REPO)!r})\n{code}\n__file__ = {str(PLUGIN)!r}\n{rest}")
-    return path
-
-
 class Call(NamedTuple):
     """A system call on the image that succeeded."""
 

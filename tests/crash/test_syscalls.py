@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from crash.engine import SHAPES, Setup, check
 from crash.guest import Violation
-from crash.syscalls import Recording, changed_plugin, parse
+from crash.syscalls import Recording, parse
 from support.crashes import Op
+from support.tools import changed_plugin
 
 from qedcore.errors import QEDError
 
