@@ -262,6 +262,22 @@ class Nbdkit:
         self.kill()
 
 
+class Backend(Nbdkit):
+    """nbdkit with another plugin; start() after kill() brings it back at the same address."""
+
+    def __init__(self, *words: str, filters: Sequence[str] = (), args: Sequence[str] = (), tcp: bool = False) -> None:
+        super().__init__((), filters=filters, args=args, tcp=tcp)
+        self.words = words
+
+    def argv(self) -> list[str]:
+        argv = super().argv()
+        return [*argv[: argv.index("python")], *self.words]
+
+    def start(self) -> Nbdkit:
+        self.socket.unlink(missing_ok=True)
+        return super().start()
+
+
 def refusal(params: Sequence[str], directory: Path) -> str:
     """The one line with which nbdkit, started in `directory`, refuses these parameters; AssertionError otherwise."""
     server = Nbdkit(params, cwd=directory)
