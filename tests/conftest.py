@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,21 @@ def image(tmp_path: Path) -> Callable[..., Built]:
     return make
 
 
+def show_and_kill(servers: list[Nbdkit]) -> None:
+    """The test hangs: its servers say where they are, and end, so that it fails with their logs."""
+    for server in servers:
+        if server.running():
+            server.show_stacks()
+            server.send_signal(signal.SIGKILL)
+
+
+def _patience(item: pytest.Item) -> float:
+    """Seconds: a little less than pytest-timeout has."""
+    marker = item.get_closest_marker("timeout")
+    limit = marker.args[0] if marker and marker.args else item.config.getini("timeout")
+    return float(limit) * 0.8
+
+
 @pytest.fixture
 def serve(request: pytest.FixtureRequest) -> Iterator[Callable[..., Nbdkit]]:
     """serve(path, key=value..., **nbdkit) starts a server; it dies with the test, and left no traceback.
@@ -77,6 +93,9 @@ def serve(request: pytest.FixtureRequest) -> Iterator[Callable[..., Nbdkit]]:
     """
     servers: list[Nbdkit] = []
     request.node.qed_servers = servers
+    watchdog = threading.Timer(_patience(request.node), show_and_kill, args=(servers,))
+    watchdog.daemon = True
+    watchdog.start()
 
     def start(file: str | os.PathLike[str] | None = None, **options: Any) -> Nbdkit:
         known = {"plugin", "read_only", "threads", "filters", "filter_params", "args", "cwd", "env", "tcp"}
@@ -88,6 +107,7 @@ def serve(request: pytest.FixtureRequest) -> Iterator[Callable[..., Nbdkit]]:
         return server.start()
 
     yield start
+    watchdog.cancel()
     tracebacks = []
     for server in servers:
         server.kill()

@@ -7,7 +7,7 @@ check():   each state that a crash may leave: the engine opens and repairs it, a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import pytest
 from crash.guest import SECTOR, Choice, GuestModel, Violation
 from crash.schedule import Scheduler
 from support.crashes import State, World
-from support.qed_image import ImageSpec, assert_sound, build
+from support.qed_image import ImageSpec, QedFile, assert_sound, build
 from unit.fakes import MemoryStorage
 
 from qedcore import alloc, compact
@@ -54,8 +54,15 @@ class Shape(NamedTuple):
 SHAPES = {
     "4K/1": Shape(4 * KiB, 1, 5 * MiB, 5 * MiB - 701 * SECTOR),
     "4K/2": Shape(4 * KiB, 2, 9 * MiB - 3 * SECTOR, 8 * MiB + 5 * SECTOR),
-    "64K/4": Shape(64 * KiB, 4, 2048 * MiB + 512 * KiB, 512 * KiB - 13 * SECTOR),
+    "4K/4": Shape(4 * KiB, 4, 17 * MiB + 3 * SECTOR, 8 * MiB + 5 * SECTOR),
+    "4K/16": Shape(4 * KiB, 16, 65 * MiB, 512 * KiB - 3 * SECTOR),
+    "64K/1": Shape(64 * KiB, 1, 1024 * MiB + 512 * KiB, 512 * KiB - 13 * SECTOR),
+    "64K/2": Shape(64 * KiB, 2, 2048 * MiB + 512 * KiB, 512 * KiB - 13 * SECTOR),
+    "64K/4": Shape(64 * KiB, 4, 4096 * MiB + 512 * KiB, 512 * KiB - 13 * SECTOR),
+    "64K/16": Shape(64 * KiB, 16, 16384 * MiB - 3 * SECTOR, 512 * KiB - 13 * SECTOR),
 }
+# Of one history: large tables take long to look at.
+LIMITS = {"4K/16": 400, "64K/1": 400, "64K/2": 100, "64K/4": 100, "64K/16": 50}  # states
 
 
 def stamp(tag: int, sector: int) -> bytes:
@@ -80,12 +87,18 @@ class Setup:
             directory / "first.qed",
             ImageSpec(cluster_size=shape.cluster_size, table_size=shape.table_size, size=shape.size, **spec),
         )
-        self.first = Path(built.path).read_bytes()
+        self.path = Path(built.path)
+        self.first = self.path.read_bytes()
         self.scratch = directory / "state.qed"
-        self._pristine = self.open(MemoryStorage(self.first), writable=False)
+        self._initial: dict[int, bytes] = {}  # cluster -> content, of those that were asked for
 
     def initial(self, sector: int) -> bytes:
-        return self._pristine.pread(SECTOR, sector * SECTOR)
+        """As the independent reader sees it."""
+        cluster, at = divmod(sector * SECTOR, self.shape.cluster_size)
+        if cluster not in self._initial:
+            with QedFile(self.path) as image:
+                self._initial[cluster] = image.read(cluster * self.shape.cluster_size, self.shape.cluster_size)
+        return self._initial[cluster][at : at + SECTOR]
 
     def open(self, storage: Storage, writable: bool = True) -> QEDImage:
         def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
@@ -153,6 +166,9 @@ def small_steps(shape: Shape) -> Iterator[None]:
         yield
 
 
+MIX = (45, 12, 10, 16, 9, 8)  # shares of write, zero, trim, flush, read and the timer
+
+
 class Guest:
     """Random requests of one thread; `tags` are shared by all."""
 
@@ -167,12 +183,10 @@ class Guest:
         self._tags = tags
         self._hot = setup.hot(rng)
 
-    def run(self, requests: int) -> None:
+    def run(self, requests: int, mix: Sequence[int]) -> None:
+        kinds = (self._write, self._zero, self._trim, self._flush, self._read, self._idle)
         for _ in range(requests):
-            request = self._rng.choices(
-                (self._write, self._zero, self._trim, self._flush, self._read, self._idle), (45, 12, 10, 16, 9, 8)
-            )
-            request[0]()
+            self._rng.choices(kinds, mix)[0]()
 
     def _range(self, lengths: tuple[int, ...]) -> tuple[int, int]:
         """(first, n) sectors."""
@@ -205,13 +219,14 @@ class Guest:
     def _trim(self) -> None:
         """Which of it is freed is the engine's choice; from then on it is what reads back."""
         first, n = self._clusters()
+        fua = self._rng.random() < 0.15
         write = self._tell("begin", first, bytes(n * SECTOR), False)
-        self._image.trim(first * SECTOR, n * SECTOR)
-        self._tell("end", write)
+        self._image.trim(first * SECTOR, n * SECTOR, fua)
+        self._tell("end_fua" if fua else "end", write)
         if self._model.alone(write):
             found = self._image.pread(n * SECTOR, first * SECTOR)
             if self._model.alone(write):
-                self._tell("settle", write, found)
+                self._tell("settle", write, found, fua)
 
     def _flush(self) -> None:
         began = self._tell("begin_flush")
@@ -229,11 +244,22 @@ class Guest:
         self._image._gate.clear()
 
 
-def record(setup: Setup, rng: random.Random, threads: int = 3, requests: int = 12, phases: int = 2) -> History:
-    """Run guests, `requests` of each thread in each phase, with maintenance between.  Raises Violation."""
+def record(
+    setup: Setup,
+    rng: random.Random,
+    threads: int = 3,
+    requests: int = 12,
+    phases: int = 2,
+    share: float = 0.0,
+    mix: Sequence[int] = MIX,
+) -> History:
+    """Run guests, `requests` of each thread in each phase, with maintenance between.  Raises Violation.
+
+    `share` is the Scheduler's.
+    """
     history = History(setup)
     world = history.world
-    scheduler = Scheduler(rng)
+    scheduler = Scheduler(rng, share)
     world.pause = scheduler.pause
     tags = iter(range(1, 1 << 32))
 
@@ -262,7 +288,7 @@ def record(setup: Setup, rng: random.Random, threads: int = 3, requests: int = 1
                         Repair(world.open(IMAGE, True, CacheMode())).run(everything=todo == "all")
                     image = reopened()
             guests = [Guest(setup, history, image, rng, tags) for _ in range(threads)]
-            scheduler.run([lambda guest=guest: guest.run(requests) for guest in guests])  # type: ignore[misc]
+            scheduler.run([lambda guest=guest: guest.run(requests, mix) for guest in guests])  # type: ignore[misc]
         close(image)
     setup.scratch.write_bytes(world.files[IMAGE])
     assert_sound(setup.scratch, leaks=None)
@@ -270,14 +296,16 @@ def record(setup: Setup, rng: random.Random, threads: int = 3, requests: int = 1
     return history
 
 
-def check(setup: Setup, history: History, rng: random.Random, subsets: int = 4, limit: int = 1 << 62) -> int:
-    """Look at the states that crashes may leave, `limit` of them at most; how many.  Raises Violation."""
+def check(
+    setup: Setup, history: History, rng: random.Random, subsets: int = 4, limit: int = 1 << 62, part: float = 1.0
+) -> int:
+    """Look at this part of the states that crashes may leave, `limit` at most; how many.  Raises Violation."""
     model = GuestModel(setup.initial, setup.sectors)
     events = iter([*history.events, (1 << 62, "", ())])
     ops, method, args = next(events)
     states = 0
     with small_steps(setup.shape):
-        for state in history.world.crash_states(rng, subsets):
+        for state in history.world.crash_states(rng, subsets, part):
             while ops <= state.ops:
                 getattr(model, method)(*args)
                 ops, method, args = next(events)

@@ -104,7 +104,7 @@ class GuestModel:
         if write.certain:
             self._replace(self.after_crash, write)
 
-    def settle(self, number: int, found: bytes) -> None:
+    def settle(self, number: int, found: bytes, durable: bool = False) -> None:
         """An uncertain write is over, nothing else wrote there, and this is what is there now."""
         write = self._writes[number]
         for i, sector in enumerate(list(write.values)):
@@ -114,6 +114,8 @@ class GuestModel:
                 del write.values[sector]
         write.certain = True
         self._replace(self.after_kill, write)
+        if durable:
+            self._replace(self.after_crash, write)
 
     def alone(self, number: int) -> bool:
         """No other write touched its sectors since it began, or was under way then."""

@@ -1,23 +1,23 @@
 """Threads that take turns: one runs at a time, and a seed says who goes on wherever another may.
 
 The engine's locks are replaced by ones that tell the scheduler when a thread waits, so a run is reproduced by its
-seed, and a deadlock is found at once.
+seed, and a deadlock is found at once.  Others may go on at every call of a storage; and, with `share`, between any
+two bytecodes of the engine, as real threads may: what takes no lock must bear that.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
 
-from qedcore import claims, l2_cache, locks
-
-_MODULES = (claims, l2_cache, locks)  # those that make the locks of an image
+_ENGINE = "/qedcore/"  # in the path of each of its modules
 
 
 class Deadlock(AssertionError):
@@ -37,10 +37,14 @@ class _Task:
 
 
 class Scheduler:
-    """Runs jobs in threads of their own, in an order that `rng` chooses."""
+    """Runs jobs in threads of their own, in an order that `rng` chooses.
 
-    def __init__(self, rng: random.Random) -> None:
+    `share` is that of the engine's bytecodes before which others may go on.
+    """
+
+    def __init__(self, rng: random.Random, share: float = 0.0) -> None:
         self._rng = rng
+        self._share = share
         self._tasks: list[_Task] = []
         self._current: _Task | None = None
         self._finished = threading.Semaphore(0)
@@ -60,11 +64,25 @@ class Scheduler:
     def _run_task(self, task: _Task) -> None:
         task.turn.acquire()
         try:
+            if self._share:
+                sys.settrace(self._trace)
             task.work()
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             self._errors.append(error)
+        finally:
+            sys.settrace(None)
         task.over = True
         self._pass_on()
+
+    def _trace(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "call":
+            if _ENGINE not in frame.f_code.co_filename:
+                return None
+            frame.f_trace_lines = False
+            frame.f_trace_opcodes = True
+        elif event == "opcode" and self._rng.random() < self._share:
+            self.pause()
+        return self._trace
 
     def _pass_on(self) -> None:
         """Let somebody who can go on do so."""
@@ -98,16 +116,15 @@ class Scheduler:
     @contextmanager
     def locks(self) -> Iterator[None]:
         """The locks that the engine makes meanwhile are this scheduler's."""
-        made = SimpleNamespace(
-            Lock=lambda: _Lock(self),
-            Condition=lambda lock: _Condition(self, lock),
-            Event=lambda: _Event(self),
-            get_ident=threading.get_ident,
-            local=threading.local,
+        made = ModuleType("threading")
+        made.__dict__.update(vars(threading))
+        made.__dict__.update(
+            Lock=lambda: _Lock(self), Condition=lambda lock: _Condition(self, lock), Event=lambda: _Event(self)
         )
         with pytest.MonkeyPatch.context() as patch:
-            for module in _MODULES:
-                patch.setattr(module, "threading", made)
+            for name, module in list(sys.modules.items()):
+                if name.startswith("qedcore.") and getattr(module, "threading", None) is threading:
+                    patch.setattr(module, "threading", made)
             yield
 
 
@@ -117,9 +134,14 @@ class _Lock:
         self._held = False
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        if not blocking and self._held:
+            return False
         self._scheduler.wait_until(lambda: not self._held)
         self._held = True
         return True
+
+    def locked(self) -> bool:
+        return self._held
 
     def release(self) -> None:
         self._held = False
@@ -149,6 +171,8 @@ class _Condition:
     def notify_all(self) -> None:
         self._calls += 1
 
+    notify = notify_all  # a wait may end for no reason
+
     def __enter__(self) -> None:
         self._lock.acquire()
 
@@ -163,6 +187,9 @@ class _Event:
 
     def set(self) -> None:
         self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
 
     def wait(self) -> None:
         self._scheduler.wait_until(lambda: self._set)

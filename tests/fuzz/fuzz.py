@@ -54,6 +54,7 @@ from support.qed_image import (
     pack_header,
     read_header,
 )
+from support.tools import scratch
 
 import qedcore
 from qedcore.backing import BackingPolicy
@@ -615,11 +616,6 @@ def run(seed: str, first: int, cases: int, directory: Path) -> Counter[str]:
         finally:
             shutil.rmtree(place)
     return words
-
-
-def scratch() -> str | None:
-    """A directory in memory, if there is one: a case flushes dozens of times."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

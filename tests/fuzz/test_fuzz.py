@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fuzz
 import pytest
+from support.tools import scratch
 
 CASES = int(os.environ.get("QED_FUZZ_CASES", "150"))
 PART = 50
@@ -17,7 +18,7 @@ PART = 50
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="qedfuzz-", dir=fuzz.scratch()) as directory:
+    with tempfile.TemporaryDirectory(prefix="qedfuzz-", dir=scratch()) as directory:
         yield Path(directory)
 
 

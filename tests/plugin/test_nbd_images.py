@@ -6,15 +6,15 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import qemu
-from support.patterns import KiB, MiB, Model, assert_same, check_model, device, random_ops, stamp
+from support.patterns import KiB, MiB, Model, assert_same, check_model, device, stamp, write_at_random
 from support.qed_image import Built, assert_sound, raw_reader
-from support.server import Nbdkit, QemuNbd, StartError, disconnect, import_nbd
+from support.server import Backend, Nbdkit, QemuNbd, StartError, disconnect, import_nbd
 from support.tools import REPO, require, run_ok
 
 from qedcore.errors import StorageError
@@ -23,22 +23,6 @@ from qedcore.storage.nbd import NbdStorage, open_uri
 Serve = Callable[..., Nbdkit]
 CS = 64 * KiB
 CAPACITY = 24 * MiB
-
-
-class Backend(Nbdkit):
-    """nbdkit with another plugin; start() after kill() brings it back at the same address."""
-
-    def __init__(self, *words: str, filters: Sequence[str] = (), args: Sequence[str] = (), tcp: bool = False) -> None:
-        super().__init__((), filters=filters, args=args, tcp=tcp)
-        self.words = words
-
-    def argv(self) -> list[str]:
-        argv = super().argv()
-        return [*argv[: argv.index("python")], *self.words]
-
-    def start(self) -> Nbdkit:
-        self.socket.unlink(missing_ok=True)
-        return super().start()
 
 
 @pytest.fixture
@@ -149,11 +133,7 @@ def test_image_in_an_export(
         for _ in range(2):
             server = serve(uri)
             client = server.connect()
-            for op in random_ops(rng, 64 * MiB, CS, 25, max_length=200 * KiB):
-                client.pwrite(op.data if op.kind == "write" else bytes(op.length), op.pos)
-                op.apply(model)
-            client.flush()
-            check_model(model, device(client))
+            write_at_random(client, model, rng, CS, 25)
             client.shutdown()
             server.stop()
     finally:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.patterns import KiB, MiB, Model, check_model, device, random_ops
+from support.patterns import KiB, MiB, Model, write_at_random
 from support.qed_image import Built
-from support.server import Nbdkit, free_port, wait_for
+from support.server import Backend, Nbdkit, free_port, wait_for
 from support.tools import PYTHON, require, run_ok
 
 Serve = Callable[..., Nbdkit]
@@ -51,17 +51,9 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         process.wait()
 
 
-class S3(Nbdkit):
+def bucket_server(url: str) -> Nbdkit:
     """nbdkit with its S3 plugin."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self.url = url
-
-    def argv(self) -> list[str]:
-        argv = super().argv()
-        words = ["S3", f"endpoint-url={self.url}", "bucket=disks", "key=disk", "size=32M", "object-size=64K"]
-        return [*argv[: argv.index("python")], *words]
+    return Backend("S3", f"endpoint-url={url}", "bucket=disks", "key=disk", "size=32M", "object-size=64K").start()
 
 
 def test_image_in_a_bucket(
@@ -69,17 +61,13 @@ def test_image_in_a_bucket(
 ) -> None:
     built = image(size=64 * MiB, layout="D-Z-D")
     model = Model(64 * MiB, built.read)
-    with S3(s3).start() as bucket:
+    with bucket_server(s3) as bucket:
         run_ok([PYTHON, "-c", COPY_IN, built.path, bucket.uri])
     for _ in range(2):
-        with S3(s3).start() as bucket:
+        with bucket_server(s3) as bucket:
             server = serve(bucket.uri)
             client = server.connect()
-            for op in random_ops(rng, 64 * MiB, 64 * KiB, 20, max_length=200 * KiB):
-                client.pwrite(op.data if op.kind == "write" else bytes(op.length), op.pos)
-                op.apply(model)
-            client.flush()
-            check_model(model, device(client))
+            write_at_random(client, model, rng, 64 * KiB, 20)
             client.shutdown()
             server.stop()
             bucket.kill()

@@ -299,10 +299,15 @@ class Soak:
                 while (left := end - time.monotonic()) > 0 and all(client.is_alive() for client in clients):
                     time.sleep(min(left, 0.5))
                     figures.sample(server.pid)
+                for client in clients:
+                    if client.error is not None:
+                        raise client.error
                 aborted = self._end(server, clients, ending)
                 assert "Traceback" not in server.log()
                 self.counts["repairs"] += server.log().count("was not closed cleanly")
             except BaseException:
+                if server.running():
+                    server.show_stacks()
                 print(
                     f"image {self.path} ({self.name}), {ending}; log of the server:\n{server.log()}", file=sys.stderr
                 )

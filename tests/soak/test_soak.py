@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import soak
+from support.server import DEADLOCK, Nbdkit
+from support.tools import changed_plugin
 
 
 @pytest.fixture
@@ -44,6 +46,21 @@ def test_a_lost_write_is_noticed(short: Callable[[], soak.Soak]) -> None:
     run.model[5000] ^= 1
     with pytest.raises(AssertionError, match="first difference at 0x1388"):
         run.life(0, "term")
+
+
+def test_a_hang_explains_itself(
+    short: Callable[[], soak.Soak],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plugin = changed_plugin(tmp_path, DEADLOCK)
+    monkeypatch.setattr(soak, "Nbdkit", lambda params: Nbdkit(params, plugin=plugin))
+    monkeypatch.setattr(soak, "PATIENCE", 1)
+    run = short()
+    with pytest.raises(AssertionError, match="no answer in 1 s"):
+        run.life(60, "term")
+    assert "in wait_for_ever" in capsys.readouterr().err
 
 
 def test_growth_is_noticed() -> None:

@@ -110,10 +110,11 @@ class World:
         for path, content in self.files.items():
             Path(path).write_bytes(content)
 
-    def crash_states(self, rng: random.Random | None = None, subsets: int = 1) -> Iterator[State]:
+    def crash_states(self, rng: random.Random | None = None, subsets: int = 1, part: float = 1.0) -> Iterator[State]:
         """After each op: with all that was written; without one, or any, of the unflushed ops; torn; random subsets.
 
         The prefixes of what is unflushed, and each of its ops alone, are states after earlier ops.
+        Only about this `part` of the states.
         """
         rng = rng or random.Random(0)
         seen: set[tuple[int, tuple[int, ...]]] = set()
@@ -138,6 +139,8 @@ class World:
                     if (flushes, numbers) in seen:
                         continue
                     seen.add((flushes, numbers))
+                if part < 1 and rng.random() >= part:
+                    continue
                 files = {path: bytearray(content) for path, content in durable.items()}
                 for other in kept:
                     other.apply(files)
@@ -173,10 +176,21 @@ class World:
             rest = last._replace(offset=last.offset + middle, data=last.data[middle:])
             yield "second half of the last", None, [*before, rest]
         for i in range(subsets):
-            granule = GRANULES[i % len(GRANULES)]
+            granule = rng.choice(GRANULES)
             share = rng.choice((0.1, 0.5, 0.9))
-            parts = (part for _, op in pending for part in op.granules(granule) if rng.random() < share)
-            yield f"subset {i} of the {granule} byte granules", None, parts
+            growth = rng.choice((0.0, 0.5))
+            kept = _survivors([op for _, op in pending], granule, share, growth, rng)
+            yield f"subset {i} of the {granule} byte granules", None, kept
+
+
+def _survivors(ops: list[Op], granule: int, share: float, growth: float, rng: random.Random) -> Iterator[Op]:
+    """A share of the granules; a lost one may have made the file longer all the same."""
+    for op in ops:
+        for part in op.granules(granule):
+            if rng.random() < share:
+                yield part
+            elif part.data is not None and rng.random() < growth:
+                yield part._replace(offset=part.offset + len(part.data), data=b"")
 
 
 class RecordedFile:
@@ -232,14 +246,19 @@ def guest(path: Path) -> bytes:
 
 
 def check_crashes(
-    world: World, top: Path, allowed: Sequence[bytes], before: Callable[[], None] = lambda: None
+    world: World,
+    top: Path,
+    allowed: Sequence[bytes],
+    before: Callable[[], None] = lambda: None,
+    rng: random.Random | None = None,
+    subsets: int = 1,
 ) -> int:
     """Let the engine open and repair each crash state; the guest must find one of `allowed`.  How many there were.
 
     `before` runs first on each state, on disk; it may repair other layers.
     """
     states = 0
-    for name, _, files, _ in world.crash_states():
+    for name, _, files, _ in world.crash_states(rng, subsets):
         states += 1
         for path, content in files.items():
             Path(path).write_bytes(content)

@@ -186,3 +186,12 @@ def random_ops(
         kind = "zero" if zeroes and rng.random() < 0.3 else "write"
         ops.append(Op(kind, pos, length, i % 127 + 1))
     return ops
+
+
+def write_at_random(handle: Any, model: Model, rng: random.Random, cluster_size: int, count: int) -> None:
+    """Random writes to an NBD server, noted in the model and flushed; then it has what the model says."""
+    for op in random_ops(rng, model.size, cluster_size, count, max_length=200 * KiB):
+        handle.pwrite(op.data if op.kind == "write" else bytes(op.length), op.pos)
+        op.apply(model)
+    handle.flush()
+    check_model(model, device(handle))

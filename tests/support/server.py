@@ -21,6 +21,23 @@ from typing import Any
 
 from support.tools import PLUGIN, REPO, TIMEOUT, require, unavailable
 
+STACKS = Path(__file__).with_name("stacks")
+
+# For support.tools.changed_plugin: a flush never ends.
+DEADLOCK = """
+import threading
+from qedcore.image import QEDImage
+
+never = threading.Lock()
+never.acquire()
+
+def wait_for_ever(image):
+    print("hangs", file=sys.stderr, flush=True)
+    never.acquire()
+
+QEDImage.flush = wait_for_ever
+"""
+
 
 class StartError(Exception):
     """The server exited instead of listening."""
@@ -85,7 +102,8 @@ class Nbdkit:
         self.filter_params = list(filter_params)
         self.args = list(args)
         self.cwd = cwd if cwd is not None else REPO
-        self.env = {**os.environ, **(env or {})}
+        path = os.pathsep.join(filter(None, (str(STACKS), os.environ.get("PYTHONPATH"))))
+        self.env = {**os.environ, "PYTHONPATH": path, **(env or {})}
         self.tcp = tcp
         self.daemon = daemon
         self.wrapper = list(wrapper)
@@ -181,6 +199,19 @@ class Nbdkit:
     def log(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
+    def show_stacks(self) -> None:
+        """Add what every thread is at to the log: Python's stacks, and what the kernel waits for."""
+        before = self.log().count("most recent call first")
+        waits = [_wait_of(task) for task in sorted(Path(f"/proc/{self.pid}/task").glob("*"))]
+        try:
+            self.send_signal(signal.SIGUSR2)
+            wait_for(lambda: self.log().count("most recent call first") > before, "stacks", 5)
+            time.sleep(0.5)  # faulthandler writes them one by one
+        except (AssertionError, ProcessLookupError) as error:
+            waits.append(f"no stacks: {error!r}")
+        with self._log.open("a") as log:
+            log.write("\n".join(["", "threads of the server:", *waits, ""]))
+
     def running(self) -> bool:
         return self._pidfd >= 0 and not exited(self._pidfd, 0)
 
@@ -231,6 +262,22 @@ class Nbdkit:
         self.kill()
 
 
+class Backend(Nbdkit):
+    """nbdkit with another plugin; start() after kill() brings it back at the same address."""
+
+    def __init__(self, *words: str, filters: Sequence[str] = (), args: Sequence[str] = (), tcp: bool = False) -> None:
+        super().__init__((), filters=filters, args=args, tcp=tcp)
+        self.words = words
+
+    def argv(self) -> list[str]:
+        argv = super().argv()
+        return [*argv[: argv.index("python")], *self.words]
+
+    def start(self) -> Nbdkit:
+        self.socket.unlink(missing_ok=True)
+        return super().start()
+
+
 def refusal(params: Sequence[str], directory: Path) -> str:
     """The one line with which nbdkit, started in `directory`, refuses these parameters; AssertionError otherwise."""
     server = Nbdkit(params, cwd=directory)
@@ -275,6 +322,15 @@ class QemuNbd:
     @property
     def uri(self) -> str:
         return f"nbd+unix:///?socket={self.socket}"
+
+
+def _wait_of(task: Path) -> str:
+    """A thread of another process, in a line."""
+    try:
+        state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+        return f"thread {task.name} {(task / 'comm').read_text().strip()}: {state} in {(task / 'wchan').read_text()}"
+    except OSError as error:  # it has ended, or we may not look
+        return f"thread {task.name}: {error.strerror}"
 
 
 def disconnect(client: Any) -> None:

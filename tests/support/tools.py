@@ -76,3 +76,16 @@ def run_ok(
     result = run(args, cwd=cwd, stdin=stdin)
     assert result.rc == 0, f"{args}: rc {result.rc}\n{result.text}"
     return result.out
+
+
+def scratch() -> str | None:
+    """A directory in memory, if there is one: for thousands of files that are flushed."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def changed_plugin(directory: Path, code: str) -> Path:
+    """The plugin, which runs `code` first: to see what then happens, or in smaller steps."""
+    path = directory / "changed.py"
+    rest = "with open(__file__) as f:\n    code = f.read()\nexec(compile(code, __file__, 'exec'))\n"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(REPO)!r})\n{code}\n__file__ = {str(PLUGIN)!r}\n{rest}")
+    return path

@@ -639,6 +639,44 @@ def test_no_clear_while_in_flight(make: Callable[..., Dirty]) -> None:
     assert dirty.gate.clear() is True
 
 
+class Interrupted(list[None]):
+    """Who is inside a gate; `other` runs just before, or just after, the next one has come in, as a thread may."""
+
+    def __init__(self, other: Callable[[], object], before: bool) -> None:
+        self._other = [other]
+        self._before = before
+
+    def append(self, item: None) -> None:
+        if self._other and self._before:
+            self._other.pop()()
+        super().append(item)
+        if self._other:
+            self._other.pop()()
+
+
+def test_gate_that_was_shut_while_somebody_came_in(make: Callable[..., Dirty]) -> None:
+    """Between the steps that take no lock the whole dirty period may end: it begins again."""
+    dirty = make()
+    begin(dirty)
+    cleared: list[bool] = []
+    dirty.gate._inside = Interrupted(lambda: cleared.append(dirty.gate.clear()), before=True)
+    with dirty.gate:
+        assert cleared == [True] and dirty.on_disk
+        assert dirty.take_log()[-2:] == ["set", "flush"]
+        assert len(dirty.gate._inside) == 1
+
+
+def test_gate_stays_open_for_who_is_coming_in(make: Callable[..., Dirty]) -> None:
+    dirty = make()
+    begin(dirty)
+    cleared: list[bool] = []
+    dirty.gate._inside = Interrupted(lambda: cleared.append(dirty.gate.clear()), before=False)
+    with dirty.gate:
+        assert cleared == [False] and dirty.on_disk
+    assert dirty.take_log() == []
+    assert dirty.gate.clear() is True
+
+
 def test_failed_body_is_not_in_flight(make: Callable[..., Dirty]) -> None:
     dirty = make()
     with pytest.raises(ZeroDivisionError), dirty.gate:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from fakes import CHANGES, Call, FailAt, MemoryStorage, Tap
 from support import qemu
+from support.crashes import World
 from support.patterns import GiB, KiB, MiB
 from support.qed_image import F_NEED_CHECK, Built, Geometry, ImageSpec, QedFile, assert_sound, build, read_header
 
@@ -25,7 +26,7 @@ from qedcore.rehearsal import Rehearsal
 from qedcore.repair import Outcome, Repair
 from qedcore.scan import READ, Blocks, Damage, Scan, ScanResult
 from qedcore.storage import Storage
-from qedcore.storage.file import FileStorage
+from qedcore.storage.file import CacheMode, FileStorage
 
 Image = Callable[..., Built]
 
@@ -473,85 +474,66 @@ def test_dry_run(image: Image, name: str) -> None:
 # -- interrupted -----------------------------------------------------------------------------------------------------
 
 
-class Lossy(MemoryStorage):
-    """Changes since the last flush may be lost, each of them."""
+class Interrupted:
+    """An image whose repair was interrupted, and what must hold for it."""
 
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.durable = bytes(data)
-        self.pending: list[tuple[int, bytes | None]] = []  # (offset, bytes), or (size, None)
+    def __init__(self, image: Image, directory: Path, name: str) -> None:
+        if name in HEADERS:
+            anything: Sequence[int] = ()
+            self.built = image(cluster_size=16 * KiB, table_size=4, size=8 * MiB, layout="DDDD", header=HEADERS[name])
+        else:
+            anything = DAMAGED[name][3]
+            self.built = image(**DAMAGED[name][0])
+        self.start = self.built.path.read_bytes()
+        self._anything = anything
+        self._path = directory / "after.qed"
+        self._path.write_bytes(self.start)
+        self._readable = readable(self._path, self.built) if name in DAMAGED else set()
+        repair_file(self._path)
+        self._size = self._path.stat().st_size
+        self._intact = expected(self.built, anything)
+        want = guest(self._path, self.built)
+        assert {cluster: want[cluster] for cluster in self._intact} == self._intact
+        # There, an entry for a cluster past the end cannot be cleared in place: the grown file may have that cluster.
+        self._may_grow = name == "data in a table with damage"
 
-    def pwrite(self, buf: Any, offset: int) -> None:
-        self.pending.append((offset, bytes(buf)))
-        super().pwrite(buf, offset)
-
-    def truncate(self, size: int) -> None:
-        self.pending.append((size, None))
-        super().truncate(size)
-
-    def flush(self) -> None:
-        self.durable, self.pending = bytes(self.data), []
-
-    def crash(self, keep: Callable[[bytes | None], bool]) -> MemoryStorage:
-        after = MemoryStorage(self.durable)
-        for offset, data in self.pending:
-            if keep(data):
-                if data is None:
-                    after.truncate(offset)
-                else:
-                    after.pwrite(data, offset)
-        return after
+    def check(self, content: bytes, when: object) -> None:
+        """Nothing intact is lost, and a second repair ends as the first one does."""
+        self._path.write_bytes(content)
+        assert readable(self._path, self.built) >= self._readable, when
+        if content[16:17] != self.start[16:17]:  # NEED_CHECK was cleared: all the rest is durable
+            assert_sound(self._path)
+        again = MemoryStorage(content)
+        repair(again)
+        self._path.write_bytes(again.data)
+        assert not assert_sound(self._path).leaks, when
+        assert guest(self._path, self.built, self._anything) == self._intact, when
+        assert self._may_grow or self._path.stat().st_size == self._size, when
 
 
-KEEP: dict[str, Any] = {
-    "all": lambda rng, data: True,
-    "none": lambda rng, data: False,
-    "only the file's size": lambda rng, data: data is None,
-    "some": lambda rng, data: rng.random() < 0.5,
-}
-
-
-@pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("name", [*DAMAGED, "l1_table_offset wrong"])
-def test_interrupted_anywhere(image: Image, tmp_path: Path, rng: random.Random, name: str, keep: str) -> None:
-    """After a crash at any write or flush nothing intact is lost, and a second repair ends as the first one does."""
-    if name in HEADERS:
-        anything: Sequence[int] = ()
-        built = image(cluster_size=16 * KiB, table_size=4, size=8 * MiB, layout="DDDD", header=HEADERS[name])
-    else:
-        anything = DAMAGED[name][3]
-        built = image(**DAMAGED[name][0])
-    start = built.path.read_bytes()
-    path = tmp_path / "after.qed"
-    path.write_bytes(start)
-    sound_before = readable(path, built) if name in DAMAGED else set()
-    repair_file(path)
-    want, size = guest(path, built), path.stat().st_size
-    intact = expected(built, anything)
+def test_error_anywhere(image: Image, tmp_path: Path, name: str) -> None:
+    interrupted = Interrupted(image, tmp_path, name)
     for n in range(1, 200):
-        storage = Lossy(start)
+        storage = MemoryStorage(interrupted.start)
         fault = FailAt(n, CHANGES)
-        try:
+        with suppress(QEDError):
             repair(Tap(storage, fault))
-        except QEDError:
-            pass
         if fault.hit is None:
             break
-        crashed = storage.crash(lambda data: KEEP[keep](rng, data))
-        path.write_bytes(crashed.data)
-        assert readable(path, built) >= sound_before, (n, fault.hit)
-        if path.read_bytes()[16:17] != start[16:17]:  # NEED_CHECK was cleared: all the rest is durable
-            assert_sound(path)
-        repair(crashed)
-        path.write_bytes(crashed.data)
-        assert not assert_sound(path).leaks, (n, fault.hit)
-        assert guest(path, built, anything) == intact, (n, fault.hit)
-        unhurt = {cluster: data for cluster, data in want.items() if cluster in intact}
-        assert unhurt == intact
-        # There, an entry for a cluster past the end cannot be cleared in place: the grown file may have that cluster.
-        if name != "data in a table with damage":
-            assert path.stat().st_size == size, (n, fault.hit)
+        interrupted.check(bytes(storage.data), (n, fault.hit))
     assert n > 1
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, "l1_table_offset wrong"])
+def test_crash_anywhere(image: Image, tmp_path: Path, rng: random.Random, name: str) -> None:
+    interrupted = Interrupted(image, tmp_path, name)
+    world = World(files={"image": interrupted.start})
+    repair(world.open("image", True, CacheMode()))
+    states = list(world.crash_states(rng, subsets=2))
+    assert states
+    for state in rng.sample(states, min(len(states), 60)):
+        interrupted.check(bytes(state.files["image"]), state.name)
 
 
 def readable(path: Path, built: Built) -> set[int]:
