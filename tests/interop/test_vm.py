@@ -35,7 +35,8 @@ CS = 64 * KiB
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys
-for module in {modules}; do insmod /modules/$module.ko 2>/dev/null; done
+# twice: which of the first two needs the other depends on the kernel
+for module in {modules} {modules}; do insmod /modules/$module.ko 2>/dev/null; done
 set -e
 trap 'echo TEST FAILED; poweroff -f' EXIT
 echo discard at most $(cat /sys/block/vda/queue/discard_max_bytes)
@@ -71,14 +72,14 @@ PACKAGES = """
 export PATH=/usr/bin:/usr/sbin:/bin:/sbin
 mkdir -p /disk/var/lib/dpkg/updates /disk/var/lib/dpkg/info /disk/var/log
 touch /disk/var/lib/dpkg/status /disk/var/lib/dpkg/available
-dpkg="dpkg --root=/disk --force-bad-path --force-script-chrootless --log=/dev/null"
+dpkg="/usr/bin/dpkg --root=/disk --force-bad-path --force-script-chrootless --log=/dev/null"
 $dpkg -i /data/*_1_all.deb >/dev/null
 $dpkg -i /data/*_2_all.deb >/dev/null
 $dpkg -P p1 >/dev/null
 sync
 fstrim -v /disk
 $dpkg -i /data/p1_1_all.deb >/dev/null
-$dpkg --root=/disk --verify
+$dpkg --verify
 sync
 """
 
