@@ -238,7 +238,7 @@ HAZARDS: dict[Callable[[pytest.MonkeyPatch], None], Case] = {
     reuse_before_durable: Case(10),
     reuse_before_hole_is_durable: Case(4),
     used_counts_as_clean: Case(13),
-    reuse_under_requests: Case(1, threads=6, spec=ONE_TABLE),
+    reuse_under_requests: Case(3, threads=6, spec=ONE_TABLE),
     table_in_a_freed_cluster: Case(2, spec=ONE_TABLE),
     move_linked_before_copied: Case(2, "4K/2"),
     source_free_before_move_is_durable: Case(2, "4K/2"),
