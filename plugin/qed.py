@@ -51,9 +51,6 @@ MAX_REQUEST = 32 * MiB
 # Advice, bytes: copiers keep dozens of requests of the preferred size in flight, so not the largest clusters.
 MAX_PREFERRED = 2 * MiB
 
-HOLE = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
-REQ_ONE = nbdkit.FLAG_REQ_ONE
-
 threads = ThreadStates()
 this_thread = threads.this_thread
 
@@ -270,10 +267,11 @@ def cache(h: SharedImage, length: int, pos: int, flags: int) -> None:
 
 def extents(h: SharedImage, length: int, pos: int, flags: int) -> Iterable[tuple[int, int, int]]:
     this_thread.kept
+    hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
     found = []
     try:
-        for n, kind in h.image.extents(pos, length, bool(flags & REQ_ONE)):
-            found.append((pos, n, HOLE if kind is ZERO else 0))
+        for n, kind in h.image.extents(pos, length, bool(flags & nbdkit.FLAG_REQ_ONE)):
+            found.append((pos, n, hole if kind is ZERO else 0))
             pos += n
     except BaseException as error:
         fail(error)

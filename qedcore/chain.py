@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -17,7 +18,7 @@ from .image import DEFAULT_L2_CACHE, Parts, QEDImage
 from .in_flight import InFlight
 from .request import Source
 from .storage import Storage
-from .storage.file import CacheMode, cache_mode, is_uri, open_storage
+from .storage.file import CacheMode, FileStorage, cache_mode, is_uri, open_storage
 from .storage.lock import LockedError
 
 __all__ = ["ChainOpener", "RawSource", "close_source", "open_image", "open_source", "probe", "resolve"]
@@ -25,8 +26,25 @@ __all__ = ["ChainOpener", "RawSource", "close_source", "open_image", "open_sourc
 Opener = Callable[[str, bool, CacheMode], Storage]
 
 
+def file_run(storage: Storage, pos: int, length: int) -> tuple[bool, int]:
+    """(has data, bytes) of the run at pos of a plain file; a file system that cannot tell has data everywhere."""
+    if not isinstance(storage, FileStorage):
+        from .storage.nbd import NbdStorage  # here, because most images are files
+
+        return storage.data_run(pos, length) if isinstance(storage, NbdStorage) else (True, length)
+    try:
+        data = os.lseek(storage.fd, pos, os.SEEK_DATA)
+        if data > pos:
+            return False, min(length, data - pos)
+        return True, min(length, os.lseek(storage.fd, pos, os.SEEK_HOLE) - pos)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # no data up to the end of the file, or past the end
+            return False, length
+        return True, length
+
+
 class RawSource:
-    """A raw file under an image, or a part of one: all of it is data.
+    """A raw file under an image, or a part of one: all of it is read.
 
     Also an image in another format, whose guest's view is the storage.  `writable`: commit may write to the storage.
     """
@@ -45,6 +63,9 @@ class RawSource:
 
     def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
         return FOUND, self._offset + pos, length
+
+    def data_run(self, pos: int, length: int) -> tuple[bool, int]:
+        return file_run(self.storage, self._offset + pos, length)
 
 
 def open_foreign(

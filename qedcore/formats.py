@@ -6,18 +6,15 @@ what QEMU's block layer says of it, through the whole backing chain.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator
 from typing import NamedTuple, Union
 
-from .chain import RawSource
+from .chain import RawSource, file_run
 from .cluster import FOUND, ZERO
 from .geometry import SECTOR, MiB, round_up
 from .image import QEDImage
 from .request import Source
 from .storage import ReadBuffer, Storage, WriteBuffer
-from .storage.file import FileStorage
 
 BUFFER = 1 * MiB  # bytes per read or write: system calls do not matter, and it stays in the processor's cache
 _ZEROS = bytes(BUFFER)
@@ -35,23 +32,6 @@ class Run(NamedTuple):
     file: str | None  # the name of the file that has the data
     short: bool = False  # zeros because a backing file ends before it
     end: bool = False  # nothing there, up to the end of the lowest image
-
-
-def file_run(storage: Storage, pos: int, length: int) -> tuple[bool, int]:
-    """(has data, bytes) of the run at pos of a plain file; a file system that cannot tell has data everywhere."""
-    if not isinstance(storage, FileStorage):
-        from .storage.nbd import NbdStorage  # here, because most images are files
-
-        return storage.data_run(pos, length) if isinstance(storage, NbdStorage) else (True, length)
-    try:
-        data = os.lseek(storage.fd, pos, os.SEEK_DATA)
-        if data > pos:
-            return False, min(length, data - pos)
-        return True, min(length, os.lseek(storage.fd, pos, os.SEEK_HOLE) - pos)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # no data up to the end of the file, or past the end
-            return False, length
-        return True, length
 
 
 class RawImage:

@@ -264,6 +264,10 @@ class QEDImage:
         self._check_open()
         return self._clusters.lookup(pos, length)
 
+    def data_run(self, pos: int, length: int) -> tuple[bool, int]:
+        """Clusters that the image has are data (Source)."""
+        return True, length
+
     def close(self) -> None:
         """Flush, clear NEED_CHECK, close this image and its backing chain.  A second call does nothing.
 

@@ -30,6 +30,10 @@ class Source(Protocol):
         """The run at pos, as ClusterMap.lookup gives it."""
         ...
 
+    def data_run(self, pos: int, length: int) -> tuple[bool, int]:
+        """(it may have data, bytes) of the first part of a FOUND run: what is no data is zeros."""
+        ...
+
 
 def find_data(layer: Source | None, pos: int, length: int) -> tuple[Storage | None, int, int]:
     """Where the bytes at pos are, from `layer` down: (storage, offset in it, bytes), or (None, 0, bytes) for zeros.
@@ -44,6 +48,19 @@ def find_data(layer: Source | None, pos: int, length: int) -> tuple[Storage | No
             break
         layer = layer.backing
     return None, 0, length
+
+
+def find_zeros(layer: Source | None, pos: int, length: int) -> tuple[Kind, int]:
+    """(FOUND or ZERO, bytes) of the run at pos, as find_data, but holes of plain files are zeros, too."""
+    while layer is not None and pos < layer.size:
+        kind, _, length = layer.lookup(pos, min(length, layer.size - pos))
+        if kind is FOUND:
+            has_data, length = layer.data_run(pos, length)
+            return FOUND if has_data else ZERO, length
+        if kind is ZERO:
+            break
+        layer = layer.backing
+    return ZERO, length
 
 
 def read_chain(layer: Source | None, view: memoryview, pos: int) -> None:
@@ -153,12 +170,9 @@ class Requests:
         last, size = None, 0  # the run that may go on
         while pos < end:
             for kind, n in self._clusters.kinds(pos, end - pos):
-                rest = 0
+                whole = n
                 if kind is not FOUND and kind is not ZERO:
-                    if backing is None:
-                        kind = ZERO
-                    else:
-                        kind, n, rest = self._below(backing, pos, n)
+                    kind, n = find_zeros(backing, pos, n) if backing is not None else (ZERO, n)
                 if kind is not last:
                     if last is not None:
                         found.append((size, last))
@@ -167,16 +181,11 @@ class Requests:
                     last, size = kind, 0
                 size += n
                 pos += n
-                if rest:
-                    break
+                if n < whole:
+                    break  # what follows may be of another kind
         if last is not None:
             found.append((size, last))
         return found
-
-    def _below(self, backing: Source, pos: int, length: int) -> tuple[Kind, int, int]:
-        """The run of what is below the image: (FOUND or ZERO, its bytes, bytes of `length` after it)."""
-        storage, _, n = find_data(backing, pos, length)
-        return ZERO if storage is None else FOUND, n, length - n
 
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:
         raise ReadOnlyError(f"{self._storage.name} was opened read-only")

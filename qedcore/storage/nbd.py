@@ -124,7 +124,7 @@ class NbdStorage:
         self._size: int | None = None
         try:
             self._nbd = import_nbd()
-            self._link = link = self._connect()
+            self._link = link = self._connect(_HANDSHAKE)
         except BaseException as error:
             peer.close()
             if isinstance(error, LinkLost):
@@ -164,9 +164,9 @@ class NbdStorage:
 
     # -- the connection ----------------------------------------------------------------------------------------
 
-    def _connect(self) -> Link:
-        """Raises LinkLost."""
-        link = Link(self._peer, max(self._patience, _HANDSHAKE))
+    def _connect(self, seconds: float) -> Link:
+        """Raises LinkLost, after `seconds` if the server does not answer."""
+        link = Link(self._peer, seconds)
         size = link.handle.get_size()
         if self._size is not None and self._size != size:
             link.close()
@@ -224,7 +224,7 @@ class NbdStorage:
         deadline = self._clock() + patience
         while True:
             try:
-                link = self._connect()
+                link = self._connect(max(self._patience, _HANDSHAKE))
                 try:
                     self._replay(link)
                     return link

@@ -106,7 +106,7 @@ class Link:
                 raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+                raise OSError(errno.ETIMEDOUT, "no answer: perhaps it takes no more clients")
             self._notify(self._poll(self._wanted(), remaining))
 
     def keep_alive(self, seconds: float) -> None:

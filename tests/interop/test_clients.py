@@ -114,6 +114,33 @@ def test_nbdinfo(tmp_path: Path, image: Image, serve: Serve, backing: bool) -> N
     assert allocation(read_only.uri) == their_map
 
 
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_holes_of_backing_files(tmp_path: Path, image: Image, serve: Serve, format: str) -> None:
+    """A sparse file under the image is mapped as QEMU maps it, which knows its holes, too."""
+    require("nbdinfo")
+    base = tmp_path / "base"
+    with base.open("wb") as f:
+        f.truncate(40 * MiB + 512)
+        for pos in (0, 3 * MiB, 3 * MiB + 2 * CS, 20 * MiB):
+            f.seek(pos)
+            f.write(stamp(5, pos, CS))
+    if format == "qcow2":
+        base.rename(tmp_path / "raw")
+        qemu.qemu_img_ok("convert", "-f", "raw", "-O", "qcow2", tmp_path / "raw", base)
+    built = image(size=64 * MiB, layout="DZ-D-D----D-Z", backing="base", no_probe=format == "raw")
+    options = {} if format == "raw" else {"backing-format": "qcow2", "backing": "any"}
+    server = serve(built.path, **options)
+    ours = allocation(server.uri)
+    client = server.connect(meta=True)
+    found: list[list[int]] = []
+    client.block_status(MiB, 3 * MiB + 1000, lambda context, pos, entries, error: found.append(entries) or 0)
+    assert sum(found[0][::2]) >= MiB and found[0][:4] == [CS - 1000, 0, CS, 3]
+    client.shutdown()
+    server.stop()
+    with QemuNbd(built.path) as reference:
+        assert ours == allocation(reference.uri)
+
+
 # nbdcopy
 
 COPY = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -481,6 +482,17 @@ def test_one_writer_and_one_connection(server: FakeServer) -> None:
     writer = opener(server.uri, True, CacheMode())
     reader.close()
     open_uri(server.uri, True).close()
+
+
+def test_server_that_takes_no_more_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a one accepts the connection and says nothing: one clear line, and not only after half a minute."""
+    import_nbd()
+    monkeypatch.setattr(nbd_module, "_HANDSHAKE", 0.1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        with pytest.raises(StorageError, match="cannot open nbd.*: no answer: perhaps it takes no more clients"):
+            open_uri(f"nbd+unix:///?socket={tmp_path}/s", False)
 
 
 def test_much_is_flushed_by_itself(
