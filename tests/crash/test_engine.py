@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from crash.engine import LIMITS, MIX, SHAPES, CommittedFlushes, Setup, check, record
 from crash.offline import KINDS, Offline
-from crash.schedule import Deadlock, Scheduler
+from crash.schedule import Deadlock, Scheduler, _Condition
 from support.crashes import RecordedFile
 
 from qedcore import claims
@@ -378,3 +378,11 @@ def test_deadlock_is_found() -> None:
     with pytest.raises(Deadlock):
         for _ in range(20):
             scheduler.run([lambda: take(one, two), lambda: take(two, one)])
+
+
+def test_a_lost_wakeup_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Condition, "notify_all", lambda condition: None)
+    setup = Setup(tmp_path, SHAPES["4K/1"], True)
+    with pytest.raises(Deadlock):
+        for seed in range(20):
+            record(setup, random.Random(seed), threads=4)
