@@ -2,7 +2,7 @@
 """make fuzz: the cases of fuzz.py, chosen by what they reach in the engine (libFuzzer, through atheris).
 
 A case's random choices are read from bytes, which the fuzzer changes: other bytes are another image, other damage and
-other requests, and nearly every input means something.  What reached something new is kept, in shortest form, in
+other requests, and nearly every input means something.  What reached something new is kept, unless it is slow, in
 corpus.txt (a case a line, in base64); `make check` tries those again, and without atheris.
 
     make fuzz ARGS='--minutes 60'
@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from support.tools import scratch
 CORPUS = Path(__file__).with_name("corpus.txt")
 LONGEST = 400  # bytes of a case; after them all choices are the first ones
 SEEDS = 40  # random cases to begin with
+QUICK = 0.08  # seconds of CPU
 # Loops over entries: to count in these takes ten times as long.
 _HOT = ["qedcore.scan", "qedcore.geometry", "qedcore.runs"]
 
@@ -95,6 +97,13 @@ def _fuzz(words: Sequence[str], place: Path) -> None:
     atheris.Fuzz()
 
 
+def _is_quick(data: bytes, directory: Path) -> bool:
+    """Whether `make check` has time for it."""
+    start = time.process_time()
+    try_case(data, directory / "case")
+    return time.process_time() - start < QUICK
+
+
 def _guide(minutes: float, directory: Path, seed: int) -> int:
     """Fuzz for so long; then keep what reaches something new in the corpus."""
     before, after = directory / "before", directory / "after"
@@ -114,6 +123,7 @@ def _guide(minutes: float, directory: Path, seed: int) -> int:
     if code == 0:
         subprocess.run([*own, "-merge=1", *common, str(after), str(before)], check=True)
         kept = sorted((path.read_bytes() for path in after.iterdir()), key=lambda data: (len(data), data))
+        kept = [data for data in kept if _is_quick(data, directory)]
         CORPUS.write_text("".join(base64.b64encode(data).decode() + "\n" for data in kept))
         print(f"{len(kept)} cases in {CORPUS}")
     return code
