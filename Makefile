@@ -29,13 +29,14 @@ serving := python3 nbdkit nbdkit-plugin-python libnbd-bin file python3-libnbd qe
 testing := $(serving) python3-venv e2fsprogs gnutls-bin strace python3-numpy perl fio fuse3
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo check crash soak lint format bench install uninstall clean
+.PHONY: help run demo check crash fuzz soak lint format bench install uninstall clean
 
 help:
 	@echo 'make run      serve FILE (default image.qed, created with SIZE, default 1G) until Ctrl-C'
 	@echo 'make demo     a round trip with a real file system: in, out, checked, compared'
 	@echo "make check    run all tests; ARGS='...' goes to pytest, JOBS=N tests at a time (default 2)"
-	@echo "make crash    power loss at every step, simulated; ARGS='--states N' (try --help)"
+	@echo "make crash    power loss at every step, simulated and of recorded servers; ARGS='--states N' (try --help)"
+	@echo "make fuzz     hostile images, chosen by what they reach in the engine; ARGS='--minutes 60'"
 	@echo "make soak     mixed work, ends and kills of the server, all verified; ARGS='--minutes 60' or '--kills 200'"
 	@echo 'make lint     ruff and mypy --strict; "make format" applies the layout'
 	@echo "make bench    compare with qemu-nbd, half an hour; ARGS='--rows open,check', '--scale' (try --help)"
@@ -62,6 +63,12 @@ crash:
 	@$(need) $(testing)
 	@$(MAKE) -s .venv/.stamp
 	@$(venv_python) tests/crash/run.py $(ARGS)
+
+fuzz:
+	@$(need) $(testing)
+	@$(MAKE) -s .venv/.stamp
+	@$(venv_python) -m pip install -q --disable-pip-version-check 'atheris>=3,<4'
+	@$(venv_python) tests/fuzz/guided.py $(ARGS)
 
 soak:
 	@$(need) $(testing)

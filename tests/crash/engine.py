@@ -23,7 +23,7 @@ from qedcore import alloc, compact
 from qedcore.chain import open_image
 from qedcore.errors import QEDError
 from qedcore.header import FEATURE_NEED_CHECK
-from qedcore.image import QEDImage
+from qedcore.image import DEFAULT_L2_CACHE, QEDImage
 from qedcore.repair import Repair
 from qedcore.scan import Damage, Scan
 from qedcore.storage import Storage
@@ -100,11 +100,11 @@ class Setup:
                 self._initial[cluster] = image.read(cluster * self.shape.cluster_size, self.shape.cluster_size)
         return self._initial[cluster][at : at + SECTOR]
 
-    def open(self, storage: Storage, writable: bool = True) -> QEDImage:
+    def open(self, storage: Storage, writable: bool = True, l2_cache: int = DEFAULT_L2_CACHE) -> QEDImage:
         def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
             return storage if path == IMAGE else self.base
 
-        return open_image(IMAGE, writable, opener=opener)
+        return open_image(IMAGE, writable, opener=opener, l2_cache=l2_cache)
 
     def hot(self, rng: random.Random) -> list[int]:
         """Sectors where guests like to write: around the borders of clusters, tables and files."""
@@ -264,7 +264,8 @@ def record(
     tags = iter(range(1, 1 << 32))
 
     def reopened() -> QEDImage:
-        return setup.open(CommittedFlushes(world.open(IMAGE, True, CacheMode())))
+        storage = CommittedFlushes(world.open(IMAGE, True, CacheMode()))
+        return setup.open(storage, l2_cache=rng.choice((0, DEFAULT_L2_CACHE)))
 
     def close(image: QEDImage) -> None:
         began = history.tell("begin_flush")

@@ -14,7 +14,7 @@ A server's life ends in one of these ways, and the next one finds what it left:
 
 The model is the whole device in memory.  Each client owns parts of it, so that all of them meet in clusters and
 tables but every read has one right answer.  Threads, descriptors and memory of the server are printed, and must not
-grow.  The same seed gives the same requests, at other moments.
+grow.  The same seed gives the same requests, at other moments.  A server that gives no answer shows its stacks.
 """
 
 from __future__ import annotations
