@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
+from .cluster_use import DATA, METADATA, ClusterUse
 from .errors import ImageFormatError, RequestError
 from .geometry import (
     DEFAULT_CLUSTER_SIZE,
@@ -31,9 +32,8 @@ from .geometry import (
     MiB,
 )
 from .header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header
-from .scan import DATA, METADATA, ClusterUse, next_data, table_slices
 from .storage import Storage
-from .table import TableIO
+from .table import TableIO, next_data, table_slices
 from .trial import CLUSTER_SIZES, TABLE_SIZES, Fit, best_fit, fit, l1_shaped, raw_header, shape_of
 
 GOOD, ZERO, LOST = "good", "zero", "lost"
@@ -147,8 +147,7 @@ class Salvage:
         return found
 
     def _with_what_is_known(self, header: Header) -> Header:
-        return replace(
-            header,
+        return header._replace(
             cluster_size=self._cluster_size or header.cluster_size,
             table_size=self._table_size or header.table_size,
             image_size=self._image_size or header.image_size,
@@ -173,7 +172,7 @@ class Salvage:
         if cluster_size not in CLUSTER_SIZES:
             cluster_size = guess_cluster_size(self._storage) or DEFAULT_CLUSTER_SIZE
             notes.append(f"cluster_size is not known: taken as {cluster_size}")
-        header = replace(header, features=header.features & FEATURE_BACKING_FILE, header_size=1, magic=MAGIC)
+        header = header._replace(features=header.features & FEATURE_BACKING_FILE, header_size=1, magic=MAGIC)
         fits = list(
             self._fitting_l1_tables(header, cluster_size, [table_size] if table_size in TABLE_SIZES else TABLE_SIZES)
         )
@@ -202,8 +201,7 @@ class Salvage:
             for l1_offset in l1_shaped(self._storage, geometry, bounds):
                 found = fit(
                     self._storage,
-                    replace(
-                        header,
+                    header._replace(
                         cluster_size=cluster_size,
                         table_size=table_size,
                         image_size=size - size % SECTOR,

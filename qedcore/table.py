@@ -6,11 +6,14 @@ who writes an entry holds the lock of its table, because a sector carries its ne
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from array import array
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .geometry import ENTRY, SECTOR
+from .geometry import ENTRY, MAX_SLICE_SIZE, SECTOR, Geometry, KiB
 from .storage import Storage
 
 if TYPE_CHECKING:
@@ -20,6 +23,9 @@ else:
 
 _PER_SECTOR = SECTOR // ENTRY  # entries
 _SWAP = sys.byteorder == "big"
+_BLANK = bytes(MAX_SLICE_SIZE)
+_FAR = 1 << 63  # past the end of every file
+SMALL = 64 * KiB  # bytes: reading this is no slower than asking whether it is a hole
 
 
 def empty(entries: int) -> Table:
@@ -62,3 +68,42 @@ class TableIO:
             table = table[:]
             table.byteswap()
         self.storage.pwrite(memoryview(table).cast("B"), offset)
+
+
+def next_data(storage: Storage, offset: int) -> int:
+    """A file offset (bytes) from `offset` on before which there are only zeros: where the next data may be."""
+    fd = getattr(storage, "fd", -1)
+    if not isinstance(fd, int) or fd < 0:
+        return offset
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        return _FAR if error.errno == errno.ENXIO else offset  # ENXIO: only a hole up to the end
+
+
+def table_slices(
+    storage: Storage, geometry: Geometry, offset: int, buffer: Table | None = None
+) -> Iterator[tuple[int, Table]]:
+    """(index of the first entry, slice) for the slices of the table at `offset` that are not empty.
+
+    Each is valid until the next is asked for: they share `buffer`, a slice that the caller may lend.
+    """
+    if buffer is None:
+        buffer = empty(geometry.slice_entries)
+    content, size = memoryview(buffer).cast("B"), geometry.slice_bytes
+    data = offset if geometry.table_bytes <= SMALL else next_data(storage, offset)
+    for at in range(offset, offset + geometry.table_bytes, size):
+        if data >= at + size:
+            continue
+        storage.pread_into(content, at)
+        if _SWAP:
+            buffer.byteswap()
+        if buffer[0] or not _BLANK.startswith(content):  # which copies nothing
+            yield (at - offset) // ENTRY, buffer
+        if size < geometry.table_bytes:
+            data = next_data(storage, at + size)
+
+
+def length_of(table: Table) -> int:
+    """Entries up to the last one that is not 0."""
+    return len(table) if table[-1] else -(-len(table.tobytes().rstrip(b"\0")) // ENTRY)

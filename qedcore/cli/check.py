@@ -27,8 +27,6 @@ from .common import (
     open_reason,
 )
 
-HELP = "check an image, and repair it"
-
 EXIT_CLEAN = 0
 EXIT_NOT_COMPLETED = 1
 EXIT_CORRUPTIONS = 2

@@ -26,7 +26,6 @@ from .common import (
     sized,
 )
 
-HELP = "write what an image has into its backing file"
 EPILOG = """\
 The image is emptied afterwards, except with -d, or with -b (which implies -d).  With -b, the images between FILE and
 BASE are no longer valid.

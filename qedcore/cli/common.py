@@ -13,18 +13,19 @@ import re
 import sys
 import time
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..backing import BackingPolicy, json_options, probe
-from ..chain import open_image, resolve
+from ..backing import BackingPolicy, json_options, probe, resolve
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
-from ..formats import EndPoint, RawImage
 from ..header import read_header
-from ..image import QEDImage
 from ..sizes import parse_qemu_size
 from ..storage.file import CACHE_MODES, CacheMode, FileStorage, cache_mode
 from ..storage.file import open_file as open_local
 from ..storage.lock import Locking
+
+if TYPE_CHECKING:
+    from ..formats import EndPoint
+    from ..image import QEDImage
 
 # Under the name of the program that it stands in for, it also signs its messages as that one.
 PROGRAM = "qemu-img" if os.path.basename(sys.argv[0]) == "qemu-img" else "qed"
@@ -221,6 +222,8 @@ def open_qed(
         raise UnsupportedError(
             f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here"
         )
+    from ..chain import open_image  # here and below, because not all commands should wait for these
+
     options = {"log": notice, "policy": POLICY, **_tracing, **options}
     opened: list[str] = []
 
@@ -246,6 +249,8 @@ def open_end_point(
     """Open a QED image or a raw file, as find_format tells.  Raises QEDError with qemu-img's message."""
     if find_format(where) == "qed":
         return open_qed(where, writable, cache=cache, force_share=force_share)
+    from ..formats import RawImage
+
     storage = open_file(where, writable, cache=cache, force_share=force_share)
     try:
         return RawImage(storage, writable)

@@ -21,7 +21,6 @@ from .common import (
 )
 from .foreign import URI, option_words, serve
 
-HELP = "compare the contents of two images"
 EPILOG = """\
 exit codes: 0 the images are identical, 1 they differ, 2 an image cannot be opened, 3 its tables cannot be read,
 4 its data cannot be read

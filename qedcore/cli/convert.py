@@ -12,11 +12,11 @@ from contextlib import ExitStack, contextmanager
 
 from ..chain import resolve
 from ..cluster import FOUND, ZERO
-from ..create import replacing
 from ..errors import CorruptImageError, QEDError, RequestError, StorageError, UnsupportedError
 from ..formats import BUFFER, EndPoint, block_status, is_zero
 from ..geometry import SECTOR, round_up
 from ..image import QEDImage
+from ..new_image import replacing
 from ..storage.lock import LockedError
 from .common import (
     PROGRAM,
@@ -36,7 +36,6 @@ from .common import (
 from .foreign import URI, option_words, serve
 from .target import SAME_FILE, Options, make, print_options
 
-HELP = "copy an image into another format"
 EPILOG = f"""\
 From and to QED and raw without help; any other format needs qemu-img, and nbdkit to reach the QED side.  TARGET
 appears when it is complete, and replaces an existing file at once.  Several FILEs are put one after the other.

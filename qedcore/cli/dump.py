@@ -20,7 +20,6 @@ from ..storage import Storage
 from ..table import TableIO
 from .common import add_output, add_shared, locate, only_image, open_file
 
-HELP = "show the metadata of an image as it is, damaged or not"
 EPILOG = """\
 Without options, the header.  Tables list every entry that is not 0: its index, its value, and what that is.
 Nothing is validated before it is shown, and nothing is changed.

@@ -26,7 +26,6 @@ from .common import (
     open_qed,
 )
 
-HELP = "describe an image"
 EPILOG = """\
 --verbose adds what qemu-img does not tell: table_size, features, and how many clusters of the file are in use (for
 which it reads all tables).  "dirty" means that the image was not closed cleanly; it is said whenever it is so.

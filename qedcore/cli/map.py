@@ -8,7 +8,6 @@ from ..errors import CorruptImageError, RequestError
 from ..formats import Run, runs
 from .common import add_output, add_shared, delegate, find_format, locate, only_image, open_end_point, sized
 
-HELP = "show where the data of an image is"
 EPILOG = """\
 The human format lists data only.  In the JSON format, depth counts backing files from 0, the image itself; present
 is false where no file has anything, and such parts, like those with zero, read as zeros.

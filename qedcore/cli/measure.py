@@ -12,7 +12,6 @@ from .common import add_output, add_shared, delegate, find_format, locate, open_
 from .foreign import URI, option_words, serve
 from .target import Options, check_geometry
 
-HELP = "tell how large a file a conversion will make"
 EPILOG = """\
 "required" is enough for the data that the image has now, "fully allocated" for every byte of the device.
 """

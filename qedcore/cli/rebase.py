@@ -26,7 +26,6 @@ from .common import (
     open_reason,
 )
 
-HELP = "put an image onto another backing file, or onto none"
 EPILOG = """\
 The guest's data stay the same: what the new backing file has differently is copied into the image first.
 With -u only the name changes, for a backing file that was moved or renamed; its content must be the same.

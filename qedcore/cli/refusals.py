@@ -8,12 +8,6 @@ from typing import Any
 from ..errors import RequestError
 from .common import add_shared, delegate, find_format, locate, open_qed
 
-HELP = {
-    "snapshot": "list internal snapshots: QED has none",
-    "amend": "change options of an image: QED cannot",
-    "bitmap": "persistent bitmaps: QED cannot store any",
-}
-
 _BITMAP_ACTIONS = ("add", "remove", "clear", "enable", "disable", "merge")
 
 

@@ -6,14 +6,13 @@ import argparse
 import json
 import os
 
-from ..create import replacing
 from ..errors import RequestError
+from ..new_image import replacing
 from ..salvage import GOOD, LOST, Found, Range, Salvage
 from ..sizes import parse_size
 from ..storage.file import FileStorage, open_file
 from .common import Progress, add_output, add_shared
 
-HELP = "rescue what is left of an image that cannot be repaired"
 EPILOG = """\
 IMAGE is only read.  OUT becomes a raw file with zeros where nothing was found.  The ranges of the device are printed:
 good (found), zero (nothing was written there, or zeros) and lost.  The exit code is 0 if nothing was lost and no

@@ -11,9 +11,8 @@ import re
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from ..errors import RequestError, StorageError
 from . import ReadBuffer, Storage, WriteBuffer
@@ -25,8 +24,7 @@ _IOV_BYTES = 1 << 30  # one system call moves less than 2 GiB
 _READAHEAD_BYTES = 128 * 1024  # Linux prefetches no more per call than a device's window, and this is the usual one
 
 
-@dataclass(frozen=True)
-class CacheMode:
+class CacheMode(NamedTuple):
     """A cache mode with QEMU's meaning."""
 
     direct: bool = False  # past the page cache
@@ -224,12 +222,9 @@ class FileStorage:
         return StorageError(f"cannot {verb} {length} bytes at {offset:#x} of {self.name}", error)
 
 
-_NBD_URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
-
-
 def is_uri(name: str | os.PathLike[str]) -> bool:
     """`name` is an NBD URI, not a path."""
-    return _NBD_URI.match(os.fspath(name)) is not None
+    return re.match(r"nbds?(\+unix|\+vsock)?://", os.fspath(name)) is not None
 
 
 def open_storage(path: str | os.PathLike[str], writable: bool, mode: CacheMode = CacheMode()) -> Storage:
