@@ -6,8 +6,6 @@ who writes an entry holds the lock of its table, because a sector carries its ne
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 from array import array
 from collections.abc import Iterator
@@ -24,7 +22,6 @@ else:
 _PER_SECTOR = SECTOR // ENTRY  # entries
 _SWAP = sys.byteorder == "big"
 _BLANK = bytes(MAX_SLICE_SIZE)
-_FAR = 1 << 63  # past the end of every file
 SMALL = 64 * KiB  # bytes: reading this is no slower than asking whether it is a hole
 
 
@@ -71,14 +68,12 @@ class TableIO:
 
 
 def next_data(storage: Storage, offset: int) -> int:
-    """A file offset (bytes) from `offset` on before which there are only zeros: where the next data may be."""
-    fd = getattr(storage, "fd", -1)
-    if not isinstance(fd, int) or fd < 0:
-        return offset
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError as error:
-        return _FAR if error.errno == errno.ENXIO else offset  # ENXIO: only a hole up to the end
+    """A file offset (bytes) from `offset` on before which there are only zeros: where the next data may be.
+
+    Storages that know have a method of that name; for others it is `offset`.
+    """
+    ask = getattr(storage, "next_data", None)
+    return offset if ask is None else int(ask(offset))
 
 
 def table_slices(

@@ -20,6 +20,7 @@ from .flush import GroupCommit
 from .lock import FileLock, Locking, Use
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, with FALLOC_FL_KEEP_SIZE as it must be
+FAR = 1 << 63  # bytes: past the end of every file
 _IOV_BYTES = 1 << 30  # one system call moves less than 2 GiB
 _READAHEAD_BYTES = 128 * 1024  # Linux prefetches no more per call than a device's window, and this is the usual one
 
@@ -168,6 +169,13 @@ class FileStorage:
                 done = max(done - len(buf), 0)
                 if rest:
                     self.pwrite(rest, offset - len(rest))
+
+    def next_data(self, offset: int) -> int:
+        """Where the next data may be (bytes), from `offset` on: before are only zeros.  Raises nothing."""
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            return FAR if error.errno == errno.ENXIO else offset  # ENXIO: only a hole up to the end
 
     def prefetch(self, offset: int, length: int) -> None:
         """Have the system read these bytes into its cache; a hint, which may do nothing.  Raises nothing."""
