@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
 from .cluster_use import DATA, METADATA, ClusterUse
-from .errors import ImageFormatError, RequestError
+from .errors import ImageFormatError, RequestError, UnsupportedError
 from .geometry import (
     DEFAULT_CLUSTER_SIZE,
     DEFAULT_TABLE_SIZE,
@@ -31,7 +31,8 @@ from .geometry import (
     Geometry,
     MiB,
 )
-from .header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header
+from .header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header, read_header
+from .scan import Scan
 from .storage import Storage
 from .table import TableIO, next_data, table_slices
 from .trial import CLUSTER_SIZES, TABLE_SIZES, Fit, best_fit, fit, l1_shaped, raw_header, shape_of
@@ -138,6 +139,9 @@ class Salvage:
         found = found or self._from_file(before)
         self._find_tables(found)
         if not found.tables:
+            empty = self._empty()
+            if empty is not None:
+                return empty
             raise ImageFormatError("nothing in the file looks like a table of a QED image")
         if not found.image_size:
             found.image_size = self._mapped_end(found)
@@ -145,6 +149,18 @@ class Salvage:
                 f"the size of the device is not known: taken as {found.image_size}, where its tables end"
             )
         return found
+
+    def _empty(self) -> Found | None:
+        """The image, if nothing was ever written to it: it is valid, has no tables and has lost nothing."""
+        try:
+            header, geometry, bounds = read_header(self._storage)
+        except (ImageFormatError, UnsupportedError):
+            return None
+        scan = Scan(self._storage, geometry, bounds, header.l1_table_offset).run()
+        if not scan.clean or scan.tables or header != self._with_what_is_known(header):
+            return None
+        notes = ["the image is whole, and empty"]
+        return Found(geometry, header.image_size, header.l1_table_offset, header.has_backing, notes=notes)
 
     def _with_what_is_known(self, header: Header) -> Header:
         return header._replace(
