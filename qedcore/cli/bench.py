@@ -13,7 +13,7 @@ from ..storage.file import CACHE_MODES
 from .common import add_shared, delegate, find_format, locate, only_image, open_end_point, sized
 
 EPILOG = """\
-Requests of one size go to the image at regular steps, --depth of them at a time, and start over at its end.
+Requests of one size go to the image at regular steps, -d of them at a time, and start over at its end.
 -w WRITES INTO THE IMAGE: what is there is lost.
 """
 

@@ -54,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-O", dest="target_format", metavar="FMT", default="raw", help="format to make (default: raw)"
     )
     parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE[,...]")
-    parser.add_argument("-B", dest="backing", metavar="FILE", help="the target keeps only what FILE does not have")
-    parser.add_argument("-b", dest="backing", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("-B", "-b", dest="backing", metavar="FILE", help="the target keeps only what FILE lacks")
     parser.add_argument("-F", dest="backing_format", metavar="FMT", help="format of the backing file")
     parser.add_argument("-n", dest="existing", action="store_true", help="write into TARGET, which exists")
     parser.add_argument("--target-is-zero", action="store_true", help="with -n: TARGET reads as zeros already")
