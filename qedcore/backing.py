@@ -157,7 +157,7 @@ def _parse(name: str, overlay: str) -> BackingName:
             options = json_options(name[len("json:") :])
         except ValueError as error:
             raise UnsupportedError(f"backing file {name!r} of {overlay}: cannot parse the JSON: {error}") from None
-        return _from_options(options, name, overlay)
+        return from_options(options, name, overlay)
     if is_uri(name):
         return BackingName(uri=name)
     match = re.fullmatch(_OLD_NBD, name)
@@ -181,7 +181,7 @@ def _uri(server: str | None, socket: str | None, export: str) -> str:
 _HARMLESS = frozenset("node-name read-only auto-read-only locking aio discard detect-zeroes force-share".split())
 
 
-def _from_options(options: dict[str, str], name: str, overlay: str) -> BackingName:
+def from_options(options: dict[str, str], name: str, overlay: str) -> BackingName:
     """What json:{...} means: {format driver} over {protocol driver}, or the latter alone."""
     options = {
         key: value

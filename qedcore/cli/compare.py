@@ -16,6 +16,7 @@ from .common import (
     check_cache,
     delegate,
     find_format,
+    is_ours,
     locate,
     open_end_point,
 )
@@ -191,17 +192,18 @@ def run(args: argparse.Namespace) -> int:
         locate(args.files[1], args.second_format, args.image_opts),
     )
     formats = [find_format(where) for where in places]
-    if all(where.path is not None and name in ("qed", "raw") for where, name in zip(places, formats)):
+    if all(map(is_ours, places, formats)):
         return compare(args, places)
     if "qed" not in formats or args.strict:
         return delegate(args, f"comparing {places[0].name} ({formats[0]}) and {places[1].name} ({formats[1]})")
     served = formats.index("qed")
     other = 1 - served
     words = ["compare", *option_words(f="raw", F=places[other].format, p=args.progress, q=args.quiet)]
-    path = places[served].path
-    assert path is not None
+    place = places[served].place
+    if place is None:
+        raise CompareError(f"Could not open '{places[served].name}': not a local file", 2)
     return serve(
-        path,
+        place,
         [*words, URI, places[other].name],
         f"comparing with {places[other].name} ({formats[other]})",
         lock=not args.force_share,

@@ -28,6 +28,7 @@ from .common import (
     delegate,
     find_format,
     find_qemu_img,
+    is_ours,
     locate,
     open_end_point,
     open_reason,
@@ -377,19 +378,19 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("Failed to load snapshot: QED has no internal snapshots")
     if args.bitmaps and "qed" in formats:
         raise RequestError("Source lacks bitmap support")
-    ours = all(where.path is not None and name in ("qed", "raw") for where, name in zip(places, formats))
+    ours = all(map(is_ours, places, formats))
     if target.path is not None and target.format in ("qed", "raw") and ours:
         Conversion(args, places, target).run()
         return 0
     if "qed" not in formats and target.format != "qed":
         return delegate(args, f"converting {formats[0]} to {args.target_format}")
     source = places[0]
-    if len(places) > 1 or target.path is None or (source.path is None and formats[0] == "qed"):
+    if len(places) > 1 or target.path is None or (source.place is None and formats[0] == "qed"):
         raise UnsupportedError("QED and another format: one local source and one local target at a time, please")
     if target.format == "qed":
         return from_foreign(args, source, formats[0], target)
-    assert source.path is not None
-    return to_foreign(args, source.path, target)
+    assert source.place is not None
+    return to_foreign(args, source.place, target)
 
 
 class ToldError(Exception):

@@ -118,8 +118,8 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     where = locate(only_image(args.files), args.format, args.image_opts)
-    if where.path is None or where.format not in (None, "qed"):
-        raise RequestError(f"{where.name}: only local QED files can be dumped")
+    if where.place is None or where.format not in (None, "qed"):
+        raise RequestError(f"{where.name}: only QED files can be dumped")
     storage = open_file(where, force_share=args.force_share)
     try:
         return dump(args, storage)

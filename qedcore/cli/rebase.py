@@ -82,7 +82,7 @@ def _rebase(args: argparse.Namespace, where: Location) -> None:
             if args.backing:
                 if not args.backing_format:
                     raise _cannot_change(args.backing, RequestError("backing format must be specified"))
-                path = resolve(args.backing, where.path or "")
+                path = resolve(args.backing, where.place or "")
                 opener = partial(open_file, share=args.force_share)
                 cache = args.source_cache or "writeback"
                 try:
