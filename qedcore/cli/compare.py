@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from typing import Callable
 
 from ..errors import QEDError
-from ..formats import BUFFER, EndPoint, Run, block_status, first_nonzero
-from ..geometry import SECTOR
+from ..formats import EndPoint, Run, block_status, first_nonzero
+from ..geometry import SECTOR, KiB
 from .common import (
     Location,
     Progress,
@@ -31,6 +31,8 @@ DIFFERENT = 1
 FAILURE = 2  # exit codes of qemu-img
 BAD_STATUS = 3
 BAD_READ = 4
+
+_STEP = 256 * KiB  # bytes compared at once: two of them stay in a processor's own cache
 
 
 class CompareError(QEDError):
@@ -63,7 +65,7 @@ class Comparison:
         self._names = names
         self._progress = progress
         self._say = say  # takes lines for the user
-        self._buffers = (bytearray(BUFFER), bytearray(BUFFER))
+        self._buffers = (bytearray(_STEP), bytearray(_STEP))
         nothing = Run(0, 0, False, False, False, None, None)
         self._runs = [(0, nothing), (0, nothing)]  # (end, the last one looked up) of each image
         self._end = max(image.size for image in images)  # bytes
@@ -89,10 +91,10 @@ class Comparison:
                 return f"Strict mode: Offset {pos} block status mismatch!"
             found = None
             if one.data and two.data:
-                n = min(n, BUFFER)
+                n = min(n, _STEP)
                 found = self._differ(pos, n)
             elif one.data or two.data:
-                n = min(n, BUFFER)
+                n = min(n, _STEP)
                 found = self._nonzero(0 if one.data else 1, pos, n)
             if found is not None:
                 return f"Content mismatch at offset {found}!"
@@ -106,7 +108,7 @@ class Comparison:
             run = self._status(which, pos, self._end - pos)
             n = run.length
             if run.data:
-                n = min(n, BUFFER)
+                n = min(n, _STEP)
                 found = self._nonzero(which, pos, n)
                 if found is not None:
                     return f"Content mismatch at offset {found}!"
@@ -151,7 +153,7 @@ class Comparison:
         self._read(0, pos, n)
         self._read(1, pos, n)
         one, two = self._buffers
-        if n < BUFFER:
+        if n < _STEP:
             one, two = one[:n], two[:n]
         if one == two:  # memcmp
             return None
