@@ -136,7 +136,7 @@ install:
 	chmod 755 "$(DESTDIR)$(home)/plugin/qed.py"
 	ln -sfn "$(home)/plugin/qed.py" "$(DESTDIR)$(PLUGINDIR)/nbdkit-qed-plugin"
 	printf '%s\n' '#!$(PYTHON)' 'import sys' '' 'sys.path.insert(0, "$(home)")' \
-	    'from qedcore.cli import main' '' 'sys.exit(main())' >"$(DESTDIR)$(BINDIR)/qed"
+	    'from qedcore.__main__ import main' '' 'main()' >"$(DESTDIR)$(BINDIR)/qed"
 	chmod 755 "$(DESTDIR)$(BINDIR)/qed"
 	$(PYTHON) -m compileall -q -f $(if $(DESTDIR),-s "$(DESTDIR)") "$(DESTDIR)$(home)/qedcore"
 	for page in qed nbdkit-qed-plugin; do \

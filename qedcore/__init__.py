@@ -1,9 +1,24 @@
 """QED (QEMU Enhanced Disk) images: a thread-safe engine in pure Python."""
 
-from .chain import open_image
-from .create import create
-from .image import QEDImage
+from __future__ import annotations
+
+TYPE_CHECKING = False  # as in typing, which would have to be loaded for it
+if TYPE_CHECKING:
+    from .chain import open_image
+    from .image import QEDImage
+    from .new_image import create
 
 __version__ = "0.1.0"
 
 __all__ = ["QEDImage", "create", "open_image"]
+
+_HOMES = {"QEDImage": ".image", "create": ".new_image", "open_image": ".chain"}
+
+
+def __getattr__(name: str) -> object:
+    """Load what is asked for: a command needs little of it, and its user waits."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -32,7 +32,6 @@ import errno
 import os
 import re
 import stat
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .errors import RequestError, StorageError, UnsupportedError
@@ -119,7 +118,7 @@ def json_options(text: str) -> dict[str, str]:
 
 
 # nbd:HOST:PORT[:exportname=NAME] and nbd:unix:PATH[:exportname=NAME]
-_OLD_NBD = re.compile(r"nbd:(?:unix:(?P<socket>[^:]*)|(?P<server>\[.*?\]:\d+|[^:]*:\d+))(?::exportname=(.*))?")
+_OLD_NBD = r"nbd:(?:unix:(?P<socket>[^:]*)|(?P<server>\[.*?\]:\d+|[^:]*:\d+))(?::exportname=(.*))?"
 
 
 def resolve(name: str, overlay: str) -> str:
@@ -158,10 +157,10 @@ def _parse(name: str, overlay: str) -> BackingName:
             options = json_options(name[len("json:") :])
         except ValueError as error:
             raise UnsupportedError(f"backing file {name!r} of {overlay}: cannot parse the JSON: {error}") from None
-        return _from_options(options, name, overlay)
+        return from_options(options, name, overlay)
     if is_uri(name):
         return BackingName(uri=name)
-    match = _OLD_NBD.fullmatch(name)
+    match = re.fullmatch(_OLD_NBD, name)
     if match is not None:
         return BackingName(uri=_uri(match["server"], match["socket"], match[3] or ""))
     if re.match(r"(?!file:)[^/]*:", name):
@@ -182,7 +181,7 @@ def _uri(server: str | None, socket: str | None, export: str) -> str:
 _HARMLESS = frozenset("node-name read-only auto-read-only locking aio discard detect-zeroes force-share".split())
 
 
-def _from_options(options: dict[str, str], name: str, overlay: str) -> BackingName:
+def from_options(options: dict[str, str], name: str, overlay: str) -> BackingName:
     """What json:{...} means: {format driver} over {protocol driver}, or the latter alone."""
     options = {
         key: value
@@ -223,8 +222,7 @@ def _from_options(options: dict[str, str], name: str, overlay: str) -> BackingNa
 FOLLOW = ("none", "files", "any")
 
 
-@dataclass(frozen=True)
-class BackingPolicy:
+class BackingPolicy(NamedTuple):
     """What may be opened under an image, and how: see the module's description."""
 
     follow: str = "files"  # one of FOLLOW
@@ -239,19 +237,19 @@ class BackingPolicy:
         if name == "backing":
             if value not in FOLLOW:
                 raise RequestError(f"backing={value} is not one of {', '.join(FOLLOW)}")
-            return replace(self, follow=value)
+            return self._replace(follow=value)
         if name == "backing-format":
             formats = ("raw", "qed", "probe", *FOREIGN_FORMATS)
             if value not in formats:
                 raise RequestError(f"backing-format={value} is not one of {', '.join(formats)}")
-            return replace(self, format=value)
+            return self._replace(format=value)
         dirs = tuple(os.path.realpath(part) for part in value.split(":") if part)
         if not dirs:
             raise RequestError(f"{name}= needs a value")
         for part in dirs:
             if not os.path.exists(part):
                 raise RequestError(f"{name}={value}: there is no {part}")
-        return replace(self, dirs=dirs)
+        return self._replace(dirs=dirs)
 
     def check_name(self, name: BackingName, what: str) -> None:
         """Raise UnsupportedError unless such a name may be followed; `what` is for messages."""

@@ -15,26 +15,26 @@ The caller makes sure that nobody changes the tables meanwhile.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field
 
+from .cluster_use import DATA
 from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from .header import FEATURE_NEED_CHECK, HeaderUpdater
-from .scan import DATA, Damage, Scan, table_slices
+from .scan import Damage, Scan
 from .storage import Storage
-from .table import Table, TableIO, empty
+from .table import Table, TableIO, empty, table_slices
 
 # Clusters, and bytes of memory: 8 TiB at the default geometry.  What is behind cannot be compared with the rest.
 MAP_LIMIT = 1 << 27
 _MAX_LINES = 20  # of one kind, in the log
 
 
-@dataclass
 class Recovery:
     """What a repair after a crash has found and done."""
 
-    findings: int = 0  # damaged entries, and a tail that was given back
-    lines: list[str] = field(default_factory=list)  # about them, for people: not all, if there are many
-    whole: bool = False  # nothing is left: NEED_CHECK is cleared
+    def __init__(self, findings: int) -> None:
+        self.findings = findings  # damaged entries, and a tail that was given back
+        self.lines: list[str] = []  # about them, for people: not all, if there are many
+        self.whole = False  # nothing is left: NEED_CHECK is cleared
 
 
 class _Damages:

@@ -9,13 +9,13 @@ from functools import partial
 from typing import Callable, Protocol
 
 from .chain import close_source, open_source, resolve
-from .create import create
 from .errors import ImageFormatError, QEDError, RequestError, StorageError
 from .geometry import SECTOR, Geometry, round_up
 from .header import HEADER_BYTES, MAGIC, Header
 from .image import QEDImage
 from .in_flight import InFlight
 from .locks import Rank, ranked_lock
+from .new_image import create
 from .parameters import NewImage, Parameters
 from .shared import Opener, SharedImage
 from .sizes import format_size

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from dataclasses import astuple, dataclass, replace
+from typing import NamedTuple
 
 from .errors import ForeignWriterError, ImageFormatError, RequestError, StorageError, UnsupportedError
 from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Bounds, Geometry, check_device_size
@@ -37,8 +37,7 @@ MAX_BACKING_NAME = 4095  # bytes: QEMU's PATH_MAX without the NUL
 _MAX_HEADER_AREA = 2**32 - 1  # bytes
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """The 64 bytes at the start of the file, as numbers."""
 
     magic: int = MAGIC
@@ -54,7 +53,7 @@ class Header:
     backing_filename_size: int = 0  # bytes
 
     def pack(self) -> bytes:
-        return HEADER.pack(*astuple(self))
+        return HEADER.pack(*self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Header:
@@ -169,7 +168,7 @@ class HeaderUpdater:
                 return
             there = Header.unpack(bytes(data))
             if mark and there.magic == MAGIC and not there.need_check:
-                self._storage.pwrite(replace(there, features=there.features | FEATURE_NEED_CHECK).pack(), 0)
+                self._storage.pwrite(there._replace(features=there.features | FEATURE_NEED_CHECK).pack(), 0)
         raise ForeignWriterError(
             f"{self._storage.name}: another program writes to it: no clusters are allocated any more: check the image"
         )
@@ -178,7 +177,7 @@ class HeaderUpdater:
         """Change feature bits on disk, then in memory.  Does not flush."""
         with self._lock:
             features = self.header.features & ~clear | set
-            self._write(replace(self.header, features=features))
+            self._write(self.header._replace(features=features))
 
     def clear_unknown_autoclear(self) -> bool:
         """Drop autoclear bits that this version does not know, durably.  True when there were any."""
@@ -186,7 +185,7 @@ class HeaderUpdater:
             known = self.header.autoclear_features & KNOWN_AUTOCLEAR
             if known == self.header.autoclear_features:
                 return False
-            self._write(replace(self.header, autoclear_features=known))
+            self._write(self.header._replace(autoclear_features=known))
             # Before any other change: what the bits vouched for is about to become stale.
             self._storage.flush()
             return True
@@ -194,12 +193,12 @@ class HeaderUpdater:
     def set_image_size(self, image_size: int) -> None:
         """Change the size of the guest device (bytes) on disk, then in memory.  Does not flush."""
         with self._lock:
-            self._write(replace(self.header, image_size=image_size))
+            self._write(self.header._replace(image_size=image_size))
 
     def set_l1_table_offset(self, offset: int) -> None:
         """Use the L1 table at `offset` (bytes), which is durable, from now on.  Does not flush."""
         with self._lock:
-            self._write(replace(self.header, l1_table_offset=offset))
+            self._write(self.header._replace(l1_table_offset=offset))
 
     def set_backing(self, name: str | None, raw: bool = False) -> None:
         """Name another backing file, or none, durably; a crash leaves the old name or the new one.
@@ -212,8 +211,8 @@ class HeaderUpdater:
             features = self.header.features & ~(FEATURE_BACKING_FILE | FEATURE_NO_PROBE)
             if data:
                 features |= FEATURE_BACKING_FILE | (FEATURE_NO_PROBE if raw else 0)
-            header = replace(
-                self.header, features=features, backing_filename_offset=offset, backing_filename_size=len(data)
+            header = self.header._replace(
+                features=features, backing_filename_offset=offset, backing_filename_size=len(data)
             )
             if offset + len(data) <= SECTOR:
                 self._write(header, data)  # one sector: all of it or nothing

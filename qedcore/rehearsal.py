@@ -5,9 +5,11 @@ Only metadata should be written to it: that is all it has memory for.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 from .storage import ReadBuffer, Storage, WriteBuffer
+from .storage.file import FAR
 
 _PAGE = 4096  # bytes
 
@@ -20,10 +22,19 @@ class Rehearsal:
         self.fixed_size = below.fixed_size
         self._below = below
         self._pages: dict[int, bytearray] = {}  # page number -> what was written
+        self._numbers: list[int] = []  # the keys, in order
         self._size = self._kept = below.size()  # bytes; of the storage below, bytes that were never cut off
 
     def size(self) -> int:
         return self._size
+
+    def next_data(self, offset: int) -> int:
+        """See FileStorage."""
+        ask = getattr(self._below, "next_data", None)
+        below = offset if ask is None else int(ask(offset))
+        at = bisect_left(self._numbers, offset // _PAGE)
+        own = max(self._numbers[at] * _PAGE, offset) if at < len(self._numbers) else FAR
+        return min(below if below < self._kept else FAR, own)
 
     def _page(self, number: int) -> bytearray:
         """The page as it is now."""
@@ -52,7 +63,10 @@ class Rehearsal:
         self._size = max(self._size, offset + len(view))
         for number in range(offset // _PAGE, -(-(offset + len(view)) // _PAGE)):
             start, end = max(number * _PAGE, offset), min((number + 1) * _PAGE, offset + len(view))
-            page = self._pages[number] = self._page(number)
+            page = self._page(number)
+            if number not in self._pages:
+                self._pages[number] = page
+                insort(self._numbers, number)
             page[start - number * _PAGE : end - number * _PAGE] = view[start - offset : end - offset]
 
     def pwritev(self, bufs: Sequence[ReadBuffer], offset: int) -> None:
@@ -66,6 +80,7 @@ class Rehearsal:
                 del self._pages[number]
             else:
                 self._pages[number][size - number * _PAGE :] = bytes((number + 1) * _PAGE - size)
+        del self._numbers[bisect_left(self._numbers, -(-size // _PAGE)) :]
 
     def punch(self, offset: int, length: int) -> bool:
         return False
@@ -78,3 +93,4 @@ class Rehearsal:
 
     def close(self) -> None:
         self._pages.clear()
+        self._numbers.clear()

@@ -22,18 +22,20 @@ The caller makes sure that nobody else uses the image.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Callable, NamedTuple
 
+from .cluster_use import DATA, METADATA, ClusterUse
 from .compact import pack
 from .errors import ImageFormatError
 from .geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry, MiB, round_up
 from .header import FEATURE_NEED_CHECK, Header, HeaderUpdater, read_header
 from .image import Metadata
-from .scan import DATA, METADATA, ClusterUse, Damage, Scan, ScanResult, next_data, table_slices
+from .scan import Damage, Scan, ScanResult
 from .storage import Storage
-from .table import TableIO
+from .table import TableIO, next_data, table_slices
 from .trial import Fit, prove, raw_header, shape_of
 
 KEPT = 16  # in ClusterUse.map: of a table that stays where it is
@@ -490,8 +492,8 @@ class Repair:
             used = scan.use.count() << self._geometry.l2_shift
             self._say(f"{leaks} leaked clusters: the file gets {size - used} bytes shorter")
             self._storage.truncate(used)
-            last = ScanResult(**{**vars(scan.result), "leaks": 0})
-            scan.result = last
+            scan.result = copy(scan.result)
+            scan.result.leaks = 0
             return scan
         self._storage.flush()  # nothing leads to the leaks, durably, before they are overwritten
         pack(_Unused(self._storage, self._geometry, self._bounds_now(), self._header, self._tables, _NOBODY, _NOBODY))

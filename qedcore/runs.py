@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Callable
 
 from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER
-from .table import Table, contiguous, empty
+from .table import Table, empty
 
 _MIN_WINDOW_BITS = 11  # of a cluster's number in its window
 _STEP = 64  # entries: what is compared first,
@@ -54,6 +54,11 @@ def _difference(want: bytearray, entries: memoryview) -> int:
     return start
 
 
+def _place(byte: int) -> int:
+    """Where in an entry in memory its byte of value 256 ** byte is."""
+    return byte if sys.byteorder == "little" else ENTRY - 1 - byte
+
+
 class Runs:
     """Runs in tables of images with this cluster size (bytes)."""
 
@@ -66,7 +71,15 @@ class Runs:
 
     @cached_property
     def _template(self) -> bytes:
-        return contiguous(0, self._window, self._cluster_size).tobytes()
+        run = bytearray(ENTRY)
+        bit = self._cluster_size.bit_length() - 1
+        while len(run) < self._window * ENTRY:  # twice as long, and the second half has this bit
+            half = run[:]
+            lane = slice(_place(bit // 8), None, ENTRY)
+            half[lane] = half[lane].translate(bytes((byte | 1 << bit % 8) & 0xFF for byte in range(256)))
+            run += half
+            bit += 1
+        return bytes(run)
 
     @cached_property
     def _zero_clusters(self) -> bytearray:
@@ -82,7 +95,7 @@ class Runs:
         high, byte = value >> 8 * self._low_bytes, self._low_bytes
         while high:
             if high & 0xFF:
-                run[byte if sys.byteorder == "little" else ENTRY - 1 - byte :: ENTRY] = bytes((high & 0xFF,)) * here
+                run[_place(byte) :: ENTRY] = bytes((high & 0xFF,)) * here
             high >>= 8
             byte += 1
         return run if here == n else run + self._run(value + here * self._cluster_size, n - here)
@@ -101,3 +114,34 @@ class Runs:
         """Where the entries that are all `value` (UNALLOCATED or ZERO_CLUSTER) end, from `index` on."""
         same = _BLANK if value == UNALLOCATED else self._zero_clusters
         return _end_of_equal(table, index, last, lambda at, n: same if n == _MAX_STEP else same[: n * ENTRY])
+
+
+class FollowingRuns(Runs):
+    """The same for one thread and many tables: it keeps a window, whose high bytes mostly are what they were."""
+
+    def __init__(self, cluster_size: int) -> None:
+        super().__init__(cluster_size)
+        self._high = 0  # what is above the low bytes of every entry in self._entries
+        self._entries = bytearray()  # the window, made when needed
+
+    def is_run(self, table: Table, start: int, end: int, value: int) -> bool:
+        with memoryview(table) as entries, entries.cast("B") as content:
+            while start < end:
+                low = (value & self._mask) // self._cluster_size
+                n = min(end - start, self._window - low)
+                self._set_high(value >> 8 * self._low_bytes)
+                # Compares in place.
+                if not self._entries.startswith(content[start * ENTRY : (start + n) * ENTRY], low * ENTRY):
+                    return False
+                start += n
+                value += n * self._cluster_size
+        return True
+
+    def _set_high(self, high: int) -> None:
+        if not self._entries:
+            self._entries = bytearray(self._template)
+        byte, before, self._high = self._low_bytes, self._high, high
+        while before != high:
+            if (before ^ high) & 0xFF:
+                self._entries[_place(byte) :: ENTRY] = bytes((high & 0xFF,)) * self._window
+            before, high, byte = before >> 8, high >> 8, byte + 1

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
-from .errors import ImageFormatError, RequestError
+from .cluster_use import DATA, METADATA, ClusterUse
+from .errors import ImageFormatError, RequestError, UnsupportedError
 from .geometry import (
     DEFAULT_CLUSTER_SIZE,
     DEFAULT_TABLE_SIZE,
@@ -30,10 +31,10 @@ from .geometry import (
     Geometry,
     MiB,
 )
-from .header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header
-from .scan import DATA, METADATA, ClusterUse, next_data, table_slices
+from .header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header, read_header
+from .scan import Scan
 from .storage import Storage
-from .table import TableIO
+from .table import TableIO, next_data, table_slices
 from .trial import CLUSTER_SIZES, TABLE_SIZES, Fit, best_fit, fit, l1_shaped, raw_header, shape_of
 
 GOOD, ZERO, LOST = "good", "zero", "lost"
@@ -138,6 +139,9 @@ class Salvage:
         found = found or self._from_file(before)
         self._find_tables(found)
         if not found.tables:
+            empty = self._empty()
+            if empty is not None:
+                return empty
             raise ImageFormatError("nothing in the file looks like a table of a QED image")
         if not found.image_size:
             found.image_size = self._mapped_end(found)
@@ -146,9 +150,20 @@ class Salvage:
             )
         return found
 
+    def _empty(self) -> Found | None:
+        """The image, if nothing was ever written to it: it is valid, has no tables and has lost nothing."""
+        try:
+            header, geometry, bounds = read_header(self._storage)
+        except (ImageFormatError, UnsupportedError):
+            return None
+        scan = Scan(self._storage, geometry, bounds, header.l1_table_offset).run()
+        if not scan.clean or scan.tables or header != self._with_what_is_known(header):
+            return None
+        notes = ["the image is whole, and empty"]
+        return Found(geometry, header.image_size, header.l1_table_offset, header.has_backing, notes=notes)
+
     def _with_what_is_known(self, header: Header) -> Header:
-        return replace(
-            header,
+        return header._replace(
             cluster_size=self._cluster_size or header.cluster_size,
             table_size=self._table_size or header.table_size,
             image_size=self._image_size or header.image_size,
@@ -173,7 +188,7 @@ class Salvage:
         if cluster_size not in CLUSTER_SIZES:
             cluster_size = guess_cluster_size(self._storage) or DEFAULT_CLUSTER_SIZE
             notes.append(f"cluster_size is not known: taken as {cluster_size}")
-        header = replace(header, features=header.features & FEATURE_BACKING_FILE, header_size=1, magic=MAGIC)
+        header = header._replace(features=header.features & FEATURE_BACKING_FILE, header_size=1, magic=MAGIC)
         fits = list(
             self._fitting_l1_tables(header, cluster_size, [table_size] if table_size in TABLE_SIZES else TABLE_SIZES)
         )
@@ -202,8 +217,7 @@ class Salvage:
             for l1_offset in l1_shaped(self._storage, geometry, bounds):
                 found = fit(
                     self._storage,
-                    replace(
-                        header,
+                    header._replace(
                         cluster_size=cluster_size,
                         table_size=table_size,
                         image_size=size - size % SECTOR,

@@ -19,51 +19,36 @@ numpy only spares it those with nothing to report.  So the findings are the same
 
 from __future__ import annotations
 
-import errno
-import mmap
-import os
 import sys
-import threading
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import islice
 from operator import sub
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
+from .cluster_use import DATA, MAX_CLUSTERS, MAX_RUN, METADATA, READ, ClusterUse
 from .errors import StorageError, UnsupportedError
-from .geometry import ENTRY, MAX_SLICE_SIZE, ZERO_CLUSTER, Bounds, Geometry
-from .runs import Runs
+from .geometry import ENTRY, ZERO_CLUSTER, Bounds, Geometry
+from .runs import FollowingRuns
 from .storage import Storage
-from .table import Table, empty
+from .table import Table, empty, length_of, table_slices
 
-# What a byte of the map says of its cluster
-METADATA = 1  # the header area, the L1 table or an L2 table
-DATA = 2  # a data cluster
-READ = 4  # an L2 table that the scan has come to
-SHARED = 8  # used more than once
+if TYPE_CHECKING:
+    from .quick_look import Vectors
 
-_USE = METADATA | DATA
 _NOW_READ = bytes(mark | READ for mark in range(256))
-
-MAX_CLUSTERS = 1 << 30  # in the map, which takes a byte for each
 _BLOCK = 512  # entries: slices are multiples of it
 _VECTOR_ENTRIES = 1 << 18  # L2 entries in no order from which on loading numpy pays
 _SAMPLES = 16  # L2 tables that are looked at to estimate how many there are
-_BATCH_ENTRIES = 1 << 15  # of small L2 tables that numpy gets at once
-_BLANK = bytes(MAX_SLICE_SIZE)
-_MAP_STEP = 1 << 20  # clusters of the map looked at at once
-_FAR = 1 << 63  # past the end of every file
 
 
-@dataclass(frozen=True)
-class Damage:
+class Damage(NamedTuple):
     """A table entry that cannot be right."""
 
     table: str  # "L1" or "L2"
     table_offset: int  # bytes: where that table starts in the file
-    index: int  # of the entry
+    index: int  # type: ignore[assignment]  # of the entry; it hides a method of tuples
     value: int  # of the entry
     pos: int  # bytes: the first guest position that it maps
     shared: bool  # points to clusters that are referenced already
@@ -81,138 +66,28 @@ class Damage:
         return f"{where} (guest position {self.pos:#x}) points to {self.value:#x}: {what}"
 
 
-@dataclass
 class ScanResult:
     """What a scan has found."""
 
-    corruptions: int = 0  # damaged L2 entries, and clusters on which an L1 entry is wrong: as qemu-img counts
-    check_errors: int = 0  # tables that cannot be read
-    error: StorageError | None = None  # the last of those
-    leaks: int = 0  # whole clusters that nothing refers to; 0 if a table could not be read
-    allocated: int = 0  # data clusters
-    fragmented: int = 0  # data clusters that do not follow the one before
-    tables: int = 0  # L2 tables
-    unmapped: int = 0  # references to clusters after the map's limit
-    file_clusters: int = 0  # whole clusters of the file
-    end: int = 0  # bytes: the first byte after the last cluster in use
-    mapped_end: int = 0  # bytes: guest position after the last cluster that is mapped
+    def __init__(self) -> None:
+        self.corruptions = 0  # damaged L2 entries, and clusters on which an L1 entry is wrong: as qemu-img counts
+        self.check_errors = 0  # tables that cannot be read
+        self.error: StorageError | None = None  # the last of those
+        self.leaks = 0  # whole clusters that nothing refers to; 0 if a table could not be read
+        self.allocated = 0  # data clusters
+        self.fragmented = 0  # data clusters that do not follow the one before
+        self.tables = 0  # L2 tables
+        self.unmapped = 0  # references to clusters after the map's limit
+        self.file_clusters = 0  # whole clusters of the file
+        self.end = 0  # bytes: the first byte after the last cluster in use
+        self.mapped_end = 0  # bytes: guest position after the last cluster that is mapped
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ScanResult) and vars(self) == vars(other)
 
     @property
     def clean(self) -> bool:
         return not (self.corruptions or self.check_errors or self.leaks)
-
-
-class ClusterUse:
-    """One byte for each whole cluster of the file, up to `limit`: METADATA, DATA, READ and SHARED, or 0.
-
-    Clusters from `limit` on have no byte: they are counted when they are claimed, and seem to be unused.
-    """
-
-    def __init__(self, clusters: int, limit: int = MAX_CLUSTERS) -> None:
-        self.clusters = clusters
-        self.mapped = min(clusters, limit)
-        self.unmapped = 0  # claims of clusters without a byte
-        try:
-            # Anonymous memory: pages that are not written cost nothing.
-            self.map = mmap.mmap(-1, max(self.mapped, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise UnsupportedError(f"no memory for a map of {self.mapped} clusters: {error.strerror}") from None
-
-    def marks(self, cluster: int, n: int = 1) -> bytes:
-        """The bytes of n clusters, as far as they have one."""
-        return self.map[cluster : min(cluster + n, self.mapped)]
-
-    def claim(self, cluster: int, use: int) -> bool:
-        """Note a use; False, and SHARED, if there is one already."""
-        if cluster >= self.mapped:
-            self.unmapped += 1
-            return True
-        before = self.map[cluster]
-        if before & _USE:
-            self.map[cluster] = before | use | SHARED
-            return False
-        self.map[cluster] = before | use
-        return True
-
-    def claim_free(self, cluster: int, use: int) -> bool:
-        """Note a use if there is none yet; False if there is, or nobody knows."""
-        return cluster < self.mapped and not self.map[cluster] & _USE and self.claim(cluster, use)
-
-    def claim_run(self, cluster: int, n: int, use: int) -> bool:
-        """Claim n clusters if all of them have nothing but 0."""
-        if cluster + n > self.mapped or self.map[cluster : cluster + n].count(0) != n:
-            return False
-        self.map[cluster : cluster + n] = bytes((use,)) * n
-        return True
-
-    def next_free(self, cluster: int) -> int:
-        """The first unused cluster from `cluster` on; `clusters` if there is none."""
-        found = self.map.find(b"\0", cluster, self.mapped)
-        return found if found >= 0 else min(max(cluster, self.mapped), self.clusters)
-
-    def next_used(self, cluster: int) -> int:
-        """The first cluster in use from `cluster` on; `clusters` if there is none."""
-        for start in range(cluster, self.mapped, _MAP_STEP):
-            part = self.marks(start, _MAP_STEP)
-            rest = part.lstrip(b"\0")
-            if rest:
-                return start + len(part) - len(rest)
-        return self.clusters
-
-    def count(self) -> int:
-        """Clusters in use."""
-        return self.mapped - sum(self.marks(at, _MAP_STEP).count(0) for at in range(0, self.mapped, _MAP_STEP))
-
-    def last(self) -> int:
-        """The number after the last cluster in use."""
-        end = self.mapped
-        while end:
-            start = max(0, end - _MAP_STEP)
-            used = len(self.map[start:end].rstrip(b"\0"))
-            if used:
-                return start + used
-            end = start
-        return 0
-
-
-def next_data(storage: Storage, offset: int) -> int:
-    """A file offset (bytes) from `offset` on before which there are only zeros: where the next data may be."""
-    fd = getattr(storage, "fd", -1)
-    if not isinstance(fd, int) or fd < 0:
-        return offset
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError as error:
-        return _FAR if error.errno == errno.ENXIO else offset  # ENXIO: only a hole up to the end
-
-
-def table_slices(
-    storage: Storage, geometry: Geometry, offset: int, buffer: Table | None = None
-) -> Iterator[tuple[int, Table]]:
-    """(index of the first entry, slice) for the slices of the table at `offset` that are not empty.
-
-    Each is valid until the next is asked for: they share `buffer`, a slice that the caller may lend.
-    """
-    if buffer is None:
-        buffer = empty(geometry.slice_entries)
-    end = offset + geometry.table_bytes
-    blank = _BLANK[: geometry.slice_bytes]
-    data = next_data(storage, offset)
-    for at in range(offset, end, geometry.slice_bytes):
-        if data >= at + geometry.slice_bytes:
-            continue
-        storage.pread_into(memoryview(buffer).cast("B"), at)
-        if sys.byteorder == "big":
-            buffer.byteswap()
-        if buffer[0] or buffer.tobytes() != blank:
-            yield (at - offset) // ENTRY, buffer
-        if geometry.slice_bytes < geometry.table_bytes:
-            data = next_data(storage, at + geometry.slice_bytes)
-
-
-def _length(table: Table) -> int:
-    """Entries up to the last one that is not 0."""
-    return len(table) if table[-1] else -(-len(table.tobytes().rstrip(b"\0")) // ENTRY)
 
 
 class Blocks:
@@ -226,7 +101,7 @@ class Blocks:
         self._bounds = bounds
         self._use = use
         self._blank = empty(_BLOCK)
-        self._runs = Runs(geometry.cluster_size)
+        self._runs = FollowingRuns(geometry.cluster_size)
         self._ones = _as_integer(array("Q", (1,)) * _BLOCK)
         self._masks = self._ones * geometry.cluster_mask
 
@@ -280,150 +155,6 @@ def _as_integer(block: Table) -> int:
     return int.from_bytes(block.tobytes(), sys.byteorder)
 
 
-class Vectors:
-    """The numpy side of a scan: it claims a slice of sound entries at once, or leaves it alone.
-
-    Two uses of one cluster are not noticed while claiming: the sum of all claims tells in the end (claimed).
-    `strict` then looks for them in every slice.
-    """
-
-    def __init__(self, geometry: Geometry, bounds: Bounds, use: ClusterUse, strict: bool) -> None:
-        import numpy
-
-        self._np: Any = numpy
-        self._geometry = geometry
-        self._bounds = bounds
-        self._end = min(bounds.end, use.mapped << geometry.l2_shift)  # bytes
-        self._map = numpy.frombuffer(use.map, dtype=numpy.uint8)
-        self._scratch = numpy.empty(max(geometry.slice_entries, _BATCH_ENTRIES), numpy.uint64)
-        self._strict = strict
-
-    def claim(self, table: Table | memoryview, expected: int = 0, tables: int = 1) -> tuple[int, int, int] | None:
-        """(data clusters, how many are fragmented, next offset expected), or None: look at the entries one by one.
-
-        `table` may be several whole `tables`, one after the other.
-        """
-        np, geo, bounds = self._np, self._geometry, self._bounds
-        entries = np.frombuffer(table, dtype=np.uint64)
-        lowest = int(entries.min())
-        if lowest <= ZERO_CLUSTER:
-            if tables > 1:
-                return self._claim_each(memoryview(table), tables)
-            entries = entries[entries > ZERO_CLUSTER]
-            lowest = int(entries.min()) if len(entries) else 0
-        n = len(entries)
-        if n == 0:
-            return 0, 0, expected
-        first, last = int(entries[0]), int(entries[-1])
-        steps = np.subtract(entries[1:], entries[:-1], out=self._scratch[: n - 1])
-        if tables > 1:
-            steps[n // tables - 1 :: n // tables] = geo.cluster_size  # the first cluster of a table follows none
-        jumps = int(np.count_nonzero(steps != geo.cluster_size))
-        if int(np.bitwise_or.reduce(entries)) & geo.cluster_mask:
-            return None
-        if lowest < bounds.start or int(entries.max()) >= self._end:
-            return None
-        numbers = np.right_shift(entries, np.uint64(geo.l2_shift), out=self._scratch[:n]).view(np.int64)
-        if self._strict and (self._map[numbers].any() or len(np.unique(numbers)) != n):
-            return None
-        # Wrong where a table is, but then the sum is wrong, too, and the strict scan follows.
-        self._map[numbers] = DATA
-        fragmented = jumps + (expected not in (0, first))
-        return n, fragmented, last + geo.cluster_size
-
-    def _claim_each(self, entries: memoryview, tables: int) -> tuple[int, int, int] | None:
-        size, allocated, fragmented = len(entries) // tables, 0, 0
-        for start in range(0, len(entries), size):
-            claimed = self.claim(entries[start : start + size])
-            if claimed is None:
-                return None
-            allocated += claimed[0]
-            fragmented += claimed[1]
-        return allocated, fragmented, 0
-
-    def count(self) -> int:
-        """Clusters in use."""
-        return int(self._np.count_nonzero(self._map))
-
-
-class QuickLook:
-    """Half of the L2 tables of an image whose L1 table is sound, in a thread of its own: numpy lets others run."""
-
-    def __init__(self, scan: Scan, vectors: Vectors, part: int) -> None:
-        self._scan = scan
-        self._vectors = vectors
-        self._part = part  # 0 or 1
-        self.wanted = True  # False: nobody waits for the result any more
-        self.sound = False
-        self.allocated = self.fragmented = 0  # data clusters
-        self.mapped_end = 0  # bytes: guest position after the last cluster that is mapped
-
-    def run(self, progress: Callable[[int, int], None]) -> None:
-        scan = self._scan
-        entries = scan.geometry.table_entries
-        batch = max(1, _BATCH_ENTRIES // entries)  # tables
-        buffer = empty(batch * min(entries, scan.geometry.slice_entries))
-        total, done = scan.result.tables, 0
-        tables = scan.l1_entries()
-        look = self._look_at_tables if batch > 1 else self._look_at_slices
-        try:
-            for part in cycle((0, 1)):
-                some = list(islice(tables, batch))
-                if not some:
-                    break
-                if part == self._part and not (self.wanted and look(some, buffer)):
-                    return
-                done += len(some)
-                progress(done, total)
-        except StorageError:
-            return  # the other scan will meet it, too, and says what it is
-        self.sound = True
-
-    def _look_at_slices(self, tables: list[tuple[int, int]], buffer: Table) -> bool:
-        """Claim what one table refers to; False if an entry is wrong."""
-        ((index, offset),) = tables
-        geo, pos, expected = self._scan.geometry, index << self._scan.geometry.l1_shift, 0
-        for base, table in table_slices(self._scan.storage, geo, offset, buffer):
-            claimed = self._vectors.claim(table, expected)
-            if claimed is None:
-                return False
-            expected = claimed[2]
-            self._count(claimed, pos + ((base + _length(table)) << geo.l2_shift))
-        return True
-
-    def _look_at_tables(self, tables: list[tuple[int, int]], buffer: Table) -> bool:
-        """The same for several tables of one slice each, `buffer` full at most."""
-        storage, geo = self._scan.storage, self._scan.geometry
-        end = 0  # bytes
-        indexes = []
-        with memoryview(buffer) as entries, entries.cast("B") as content:
-            for index, offset in tables:
-                if next_data(storage, offset) < offset + geo.table_bytes:
-                    storage.pread_into(content[end : end + geo.table_bytes], offset)
-                    indexes.append(index)
-                    end += geo.table_bytes
-            if not end:
-                return True
-            if sys.byteorder == "big":
-                buffer.byteswap()
-            claimed = self._vectors.claim(entries[: end // ENTRY], tables=len(indexes))
-        if claimed is None:
-            return False
-        mapped_end = 0
-        for number in reversed(range(len(indexes))):
-            length = _length(buffer[number * geo.table_entries : (number + 1) * geo.table_entries])
-            if length:
-                mapped_end = (indexes[number] << geo.l1_shift) + (length << geo.l2_shift)
-                break
-        self._count(claimed, mapped_end)
-        return True
-
-    def _count(self, claimed: tuple[int, int, int], mapped_end: int) -> None:
-        self.allocated += claimed[0]
-        self.fragmented += claimed[1]
-        self.mapped_end = max(self.mapped_end, mapped_end)
-
-
 class Scan:
     """A scan of the tables of one image.  Nobody changes them meanwhile.
 
@@ -461,6 +192,7 @@ class Scan:
         limit = MAX_CLUSTERS if self._map_limit is None else self._map_limit
         self.use = ClusterUse(self.bounds.end >> self.geometry.l2_shift, limit)
         self._blocks = Blocks(self.geometry, self.bounds, self.use)
+        self._metadata = 0  # clusters of the header and of tables, each use counted
         self.result = ScanResult()
 
     def run(self, limit: int = 1 << 63) -> ScanResult:
@@ -470,14 +202,19 @@ class Scan:
         if wanted is None:
             total = self.result.tables * self.geometry.table_entries
             wanted = total >= _VECTOR_ENTRIES and total * self._scattered() >= _VECTOR_ENTRIES
-        if not (wanted and not self.result.corruptions and not self.use.unmapped and self._is_sound()):
+        sound = wanted and not self.result.corruptions and not self.use.unmapped and self._is_sound()
+        if not sound:
             self._vectors = self._load_vectors(strict=True) if wanted else None
             self._read_l2_tables(limit)
+            self._vectors = None  # it holds on to the map
         self.result.unmapped = self.use.unmapped
         if self.use.unmapped and self._map_limit is None:
             raise UnsupportedError(f"the image uses clusters after the first {MAX_CLUSTERS}: too many to be checked")
-        self._count_leaks()
-        self._vectors = None  # it holds on to the map
+        self.result.file_clusters = self.use.clusters
+        self.result.end = self.use.last() << self.geometry.l2_shift
+        if not self.result.check_errors:
+            used = self._metadata + self.result.allocated if sound else self.use.count()
+            self.result.leaks = self.use.clusters - used
         return self.result
 
     def _scattered(self) -> float:
@@ -495,28 +232,20 @@ class Scan:
         return scattered / blocks
 
     def _is_sound(self) -> bool:
-        """A quick look at all L2 tables, by two threads.  False: there is damage, or no numpy; all is as before."""
+        """Look at all L2 tables with numpy.  False: there is damage, or no numpy, and all is as before."""
         first, second = self._load_vectors(strict=False), self._load_vectors(strict=False)
         if first is None or second is None:
             return False
-        metadata = first.count()
-        looks = [QuickLook(self, vectors, part) for part, vectors in enumerate((first, second))]
-        other = threading.Thread(target=looks[1].run, args=(lambda done, total: None,), daemon=True)
-        other.start()
-        try:
-            looks[0].run(self._progress)
-        finally:
-            looks[1].wanted = looks[1].wanted and looks[0].sound
-            other.join()
+        from .quick_look import look_at_all
+
+        total, result = self.result.tables, self.result
+        sums = look_at_all(
+            self.storage, self.geometry, (first, second), self.l1_entries, lambda done: self._progress(done, total)
+        )
         # Two claims of a cluster count twice, but make one byte of the map.
-        claimed = sum(look.allocated for look in looks)
-        if all(look.sound for look in looks) and first.count() == metadata + claimed:
-            self.result.allocated = claimed
-            self.result.fragmented = sum(look.fragmented for look in looks)
-            self.result.mapped_end = max(look.mapped_end for look in looks)
-            self._vectors = first
+        if sums is not None and self.use.count() == self._metadata + sums.allocated:
+            result.allocated, result.fragmented, result.mapped_end = sums
             return True
-        del first, second, looks  # they hold on to the map
         report, self._report = self._report, lambda damage: None
         self._start()
         self._read_l1()
@@ -524,6 +253,8 @@ class Scan:
         return False
 
     def _load_vectors(self, strict: bool) -> Vectors | None:
+        from .quick_look import Vectors
+
         try:
             return Vectors(self.geometry, self.bounds, self.use, strict)
         except ImportError:
@@ -533,10 +264,12 @@ class Scan:
 
     def _read_l1(self) -> None:
         geo, bounds = self.geometry, self.bounds
+        self.use.expect(geo.table_entries * sum(1 for _ in self.l1_entries()))
         # The header is in cluster 0 even if header_size is 0.
         header = min(max(bounds.start >> geo.l2_shift, 1), self.use.mapped)
-        for cluster in range(0, header, _MAP_STEP):
-            self.use.claim_run(cluster, min(_MAP_STEP, header - cluster), METADATA)
+        self._metadata = header
+        for cluster in range(0, header, MAX_RUN):
+            self.use.claim_run(cluster, min(MAX_RUN, header - cluster), METADATA)
         self._claim_table(self._l1_offset)
         for index, offset in self.l1_entries():
             if not bounds.valid_table(offset):
@@ -557,6 +290,7 @@ class Scan:
 
     def _claim_table(self, offset: int) -> int:
         """Claim the clusters of a table; how many of them were in use already."""
+        self._metadata += self.geometry.table_size
         first = offset >> self.geometry.l2_shift
         if self.use.claim_run(first, self.geometry.table_size, METADATA):
             return 0
@@ -611,7 +345,7 @@ class Scan:
                 n, fragmented, self._expected = claimed
                 result.allocated += n
                 result.fragmented += fragmented
-                mapped = at + (_length(table) << geo.l2_shift)
+                mapped = at + (length_of(table) << geo.l2_shift)
                 result.mapped_end = max(result.mapped_end, mapped)
             else:
                 self._read_slice(offset, base, table, at, quiet)
@@ -631,7 +365,7 @@ class Scan:
                 n, fragmented, self._expected = claimed
                 result.allocated += n
                 result.fragmented += fragmented
-            length = _length(block)
+            length = length_of(block)
             if length:
                 result.mapped_end = max(result.mapped_end, start + (length << shift))
 
@@ -661,11 +395,3 @@ class Scan:
         past_end = value >= self.bounds.end - (self.geometry.table_bytes if table == "L1" else 0)
         aligned = not value & self.geometry.cluster_mask
         self._report(Damage(table, at, index, value, pos, shared, past_end and aligned and not shared))
-
-    def _count_leaks(self) -> None:
-        result = self.result
-        result.file_clusters = self.use.clusters
-        result.end = self.use.last() << self.geometry.l2_shift
-        if not result.check_errors:
-            used = self.use.count() if self._vectors is None else self._vectors.count()
-            result.leaks = self.use.clusters - used

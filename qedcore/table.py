@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .geometry import ENTRY, SECTOR
+from .geometry import ENTRY, MAX_SLICE_SIZE, SECTOR, Geometry, KiB
 from .storage import Storage
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ else:
 
 _PER_SECTOR = SECTOR // ENTRY  # entries
 _SWAP = sys.byteorder == "big"
+_BLANK = bytes(MAX_SLICE_SIZE)
+SMALL = 64 * KiB  # bytes: reading this is no slower than asking whether it is a hole
 
 
 _NOTHING: Table = array("Q", (0,))
@@ -69,3 +72,40 @@ class TableIO:
             table = table[:]
             table.byteswap()
         self.storage.pwrite(memoryview(table).cast("B"), offset)
+
+
+def next_data(storage: Storage, offset: int) -> int:
+    """A file offset (bytes) from `offset` on before which there are only zeros: where the next data may be.
+
+    Storages that know have a method of that name; for others it is `offset`.
+    """
+    ask = getattr(storage, "next_data", None)
+    return offset if ask is None else int(ask(offset))
+
+
+def table_slices(
+    storage: Storage, geometry: Geometry, offset: int, buffer: Table | None = None
+) -> Iterator[tuple[int, Table]]:
+    """(index of the first entry, slice) for the slices of the table at `offset` that are not empty.
+
+    Each is valid until the next is asked for: they share `buffer`, a slice that the caller may lend.
+    """
+    if buffer is None:
+        buffer = empty(geometry.slice_entries)
+    content, size = memoryview(buffer).cast("B"), geometry.slice_bytes
+    data = offset if geometry.table_bytes <= SMALL else next_data(storage, offset)
+    for at in range(offset, offset + geometry.table_bytes, size):
+        if data >= at + size:
+            continue
+        storage.pread_into(content, at)
+        if _SWAP:
+            buffer.byteswap()
+        if buffer[0] or not _BLANK.startswith(content):  # which copies nothing
+            yield (at - offset) // ENTRY, buffer
+        if size < geometry.table_bytes:
+            data = next_data(storage, at + size)
+
+
+def length_of(table: Table) -> int:
+    """Entries up to the last one that is not 0."""
+    return len(table) if table[-1] else -(-len(table.tobytes().rstrip(b"\0")) // ENTRY)

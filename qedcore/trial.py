@@ -10,7 +10,6 @@ by far the least is taken, if there is one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,9 +28,9 @@ from .geometry import (
     round_up,
 )
 from .header import HEADER_BYTES, KNOWN_FEATURES, MAGIC, MAX_BACKING_NAME, Header
-from .scan import Damage, Scan, ScanResult, next_data, table_slices
+from .scan import Damage, Scan, ScanResult
 from .storage import Storage
-from .table import TableIO
+from .table import TableIO, next_data, table_slices
 
 _CLEARLY = 4  # the best candidate leaves this many times less unexplained than any other
 _IMPOSSIBLE = 8  # one in so many entries of a table may be damaged
@@ -119,7 +118,7 @@ def prove(storage: Storage) -> Fit | None:
 
 def best_fit(storage: Storage, header: Header) -> Fit | None:
     """The one header like `header` that the file proves."""
-    header = replace(header, magic=MAGIC)
+    header = header._replace(magic=MAGIC)
     fits = _fitting(storage, header, _candidates(storage, header))
     if not any(found.sensible for found in fits):
         fits = sorted(fits + _fitting(storage, header, _other_l1_tables(storage, header)), key=_cost)
@@ -144,19 +143,19 @@ def _cost(found: Fit) -> int:
 def _candidates(storage: Storage, header: Header) -> Iterator[Header]:
     yield header
     for cluster_size in CLUSTER_SIZES:
-        yield replace(header, cluster_size=cluster_size)
+        yield header._replace(cluster_size=cluster_size)
     for table_size in TABLE_SIZES:
-        yield replace(header, table_size=table_size)
+        yield header._replace(table_size=table_size)
         if header.cluster_size not in CLUSTER_SIZES and header.table_size not in TABLE_SIZES:
             for cluster_size in CLUSTER_SIZES:
-                yield replace(header, cluster_size=cluster_size, table_size=table_size)
+                yield header._replace(cluster_size=cluster_size, table_size=table_size)
     try:
         geometry = Geometry(header.cluster_size, header.table_size)
     except ImageFormatError:
         return
     # Bits that cannot be right are cleared: the other bytes of the number may have survived.
     image_size = header.image_size & (geometry.max_image_size - 1) & ~(SECTOR - 1)
-    yield replace(header, image_size=image_size)
+    yield header._replace(image_size=image_size)
     if Bounds(geometry, 1, storage.size()).valid_table(header.l1_table_offset):
         yield from _header_sizes(storage, header, geometry)
 
@@ -169,7 +168,7 @@ def _other_l1_tables(storage: Storage, header: Header) -> Iterator[Header]:
         return
     bounds = Bounds(geometry, max(header.header_size, 1), storage.size())
     for offset in l1_shaped(storage, geometry, bounds):
-        yield replace(header, l1_table_offset=offset)
+        yield header._replace(l1_table_offset=offset)
 
 
 def _header_sizes(storage: Storage, header: Header, geometry: Geometry) -> Iterator[Header]:
@@ -198,7 +197,7 @@ def _header_sizes(storage: Storage, header: Header, geometry: Geometry) -> Itera
         return
     first = scan.use.next_used(1)
     if first < scan.use.clusters:
-        yield replace(header, header_size=first)
+        yield header._replace(header_size=first)
 
 
 def l1_shaped(storage: Storage, geometry: Geometry, bounds: Bounds) -> Iterator[int]:

@@ -1,6 +1,6 @@
 """The `qed` command.
 
-Each sub-command is a module here with HELP, add_arguments(parser) and run(args) -> exit code.  It may have
+Each sub-command is a module here with add_arguments(parser) and run(args) -> exit code.  It may have
 EPILOG (more help), FAILURE (its exit code for errors, if not 1) and split(words) -> words (to take words that
 look like options, as resize does with -1G, before they are parsed).
 """
@@ -8,6 +8,7 @@ look like options, as resize does with -1G, before they are parsed).
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import io
 import os
@@ -20,26 +21,26 @@ from .. import __version__
 from ..errors import QEDError
 from .common import PROGRAM, interrupted, trace
 
-COMMANDS = (
-    "create",
-    "info",
-    "check",
-    "salvage",
-    "resize",
-    "rebase",
-    "commit",
-    "compact",
-    "map",
-    "dump",
-    "compare",
-    "convert",
-    "dd",
-    "measure",
-    "bench",
-    "snapshot",
-    "amend",
-    "bitmap",
-)
+COMMANDS = {
+    "create": "make an empty image",
+    "info": "describe an image",
+    "check": "check an image, and repair it",
+    "salvage": "rescue what is left of an image that cannot be repaired",
+    "resize": "change the size of an image",
+    "rebase": "put an image onto another backing file, or onto none",
+    "commit": "write what an image has into its backing file",
+    "compact": "rewrite an image in place: small, in order, without leaks",
+    "map": "show where the data of an image is",
+    "dump": "show the metadata of an image as it is, damaged or not",
+    "compare": "compare the contents of two images",
+    "convert": "copy an image into another format",
+    "dd": "copy blocks of an image into a new one",
+    "measure": "tell how large a file a conversion will make",
+    "bench": "measure how fast an image is read or written",
+    "snapshot": "list internal snapshots: QED has none",
+    "amend": "change options of an image: QED cannot",
+    "bitmap": "persistent bitmaps: QED cannot store any",
+}
 _MODULES = {
     "snapshot": "refusals",
     "amend": "refusals",
@@ -94,8 +95,8 @@ def build_parser() -> Parser:
 
 def build_command_parser(command: str) -> Parser:
     module = load(command)
-    about = module.HELP if isinstance(module.HELP, str) else module.HELP[command]
-    parser = Parser(prog=f"{PROGRAM} {command}", description=about, epilog=getattr(module, "EPILOG", None))
+    epilog = getattr(module, "EPILOG", None)
+    parser = Parser(prog=f"{PROGRAM} {command}", description=COMMANDS[command], epilog=epilog)
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.set_defaults(command=command)
     module.add_arguments(parser)
@@ -105,9 +106,8 @@ def build_command_parser(command: str) -> Parser:
 def _print_help() -> None:
     parser = build_parser()
     group = parser.add_argument_group("commands")
-    for name in COMMANDS:
-        about = load(name).HELP
-        group.add_argument(name, nargs="?", help=about if isinstance(about, str) else about[name])
+    for name, about in COMMANDS.items():
+        group.add_argument(name, nargs="?", help=about)
     parser.print_help()
 
 
@@ -138,7 +138,7 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; its exit code."""
+    """Run the command line; its exit code.  Standard output has been flushed then."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
     try:
@@ -146,12 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QEDError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return EXIT_FAILURE
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
     failure = getattr(args.module, "FAILURE", EXIT_FAILURE)
-    before = signal.signal(signal.SIGTERM, _terminate)
+    terminate, interrupt = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
+        signal.signal(signal.SIGTERM, _terminate)
+        if interrupt is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        gc.freeze()
+        gc.enable()
         if args.trace:
             trace(args.trace)
         code = args.module.run(args)
@@ -162,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (QEDError, OSError, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGINT, interrupt)
         if args.debug:
             raise
         sys.stdout.flush()
@@ -171,4 +174,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return int(getattr(error, "exit_code", failure))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)

@@ -10,11 +10,10 @@ import time
 from ..errors import QEDError, RequestError, StorageError
 from ..formats import EndPoint
 from ..storage.file import CACHE_MODES
-from .common import add_shared, delegate, find_format, locate, only_image, open_end_point, sized
+from .common import add_shared, delegate, find_format, is_ours, locate, only_image, open_end_point, sized
 
-HELP = "measure how fast an image is read or written"
 EPILOG = """\
-Requests of one size go to the image at regular steps, --depth of them at a time, and start over at its end.
+Requests of one size go to the image at regular steps, -d of them at a time, and start over at its end.
 -w WRITES INTO THE IMAGE: what is there is lost.
 """
 
@@ -154,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     bench = Bench(args)
     where = locate(only_image(args.files), args.format, args.image_opts)
     format = find_format(where)
-    if where.path is None or format not in ("qed", "raw"):
+    if not is_ours(where, format):
         return delegate(args, f"measuring the speed of {where.name} ({format})")
     with open_end_point(where, bench.write, cache=args.cache, force_share=args.force_share) as image:
         print(bench, flush=True)

@@ -27,8 +27,6 @@ from .common import (
     open_reason,
 )
 
-HELP = "check an image, and repair it"
-
 EXIT_CLEAN = 0
 EXIT_NOT_COMPLETED = 1
 EXIT_CORRUPTIONS = 2
@@ -60,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     where = locate(name, args.format, args.image_opts)
     if args.force_share and args.repair is not None:
         raise RequestError(f"Could not open '{where.name}': force-share=on can only be used with read-only images")
-    if find_format(where) != "qed" or where.path is None:
+    if find_format(where) != "qed" or where.place is None:
         print(f"{PROGRAM}: This image format does not support checks", file=sys.stderr)
         return EXIT_UNSUPPORTED
     writable = args.repair is not None and not args.dry_run
@@ -69,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         run_on = _check if args.repair is None else _repair
         return run_on(args, where, as_file(storage))
     except (ImageFormatError, UnsupportedError) as error:
-        raise type(error)(f"Could not open '{where.name}': {open_reason(error, where.path)}") from None
+        raise type(error)(f"Could not open '{where.name}': {open_reason(error, where.place)}") from None
     except StorageError as error:
         print(f"{PROGRAM}: Check failed: {os.strerror(error.errno)} ({error})", file=sys.stderr)
         return EXIT_NOT_COMPLETED

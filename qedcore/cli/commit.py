@@ -26,7 +26,6 @@ from .common import (
     sized,
 )
 
-HELP = "write what an image has into its backing file"
 EPILOG = """\
 The image is emptied afterwards, except with -d, or with -b (which implies -d).  With -b, the images between FILE and
 BASE are no longer valid.
@@ -70,7 +69,7 @@ class BaseChoice:
 
 def _only_qemu_reaches_backing(where: Location) -> bool:
     with open_qed(where, follow=False, force_share=True) as image:
-        return image.backing_name is not None and backing_path(image.backing_name, where.path or "") is None
+        return image.backing_name is not None and backing_path(image.backing_name, where.place or "") is None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         return delegate(args, f"committing a {format} image")
     if _only_qemu_reaches_backing(where):
         return delegate(args, f"committing {name}, whose backing file is not a local file,")
-    choice = BaseChoice(where.path or "", args.base)
+    choice = BaseChoice(where.place or "", args.base)
     with open_qed(where, writable=True, cache=args.cache, log=notice, write_below=choice) as image:
         base = choice.of(image)
         if base is None and args.base is not None:

@@ -12,19 +12,22 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..backing import BackingPolicy, json_options, probe
-from ..chain import open_image, resolve
+from ..backing import BackingPolicy, from_options, json_options, parse_name, probe, resolve
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
-from ..formats import EndPoint, RawImage
 from ..header import read_header
-from ..image import QEDImage
 from ..sizes import parse_qemu_size
-from ..storage.file import CACHE_MODES, CacheMode, FileStorage, cache_mode
+from ..storage import Storage
+from ..storage.file import CACHE_MODES, CacheMode, FileStorage, cache_mode, is_uri, open_storage
 from ..storage.file import open_file as open_local
 from ..storage.lock import Locking
+
+if TYPE_CHECKING:
+    from ..formats import EndPoint
+    from ..image import QEDImage
 
 # Under the name of the program that it stands in for, it also signs its messages as that one.
 PROGRAM = "qemu-img" if os.path.basename(sys.argv[0]) == "qemu-img" else "qed"
@@ -90,9 +93,15 @@ class Location(NamedTuple):
     """Where an image is, from its name on the command line."""
 
     name: str  # as given, for messages
-    path: str | None  # of a local file; None when only QEMU knows how to get there
+    path: str | None  # of a local file
     format: str | None  # "qed", "raw" or another; None: to be probed
     locking: Locking = Locking.AUTO  # of the file itself, not of its backing files
+    uri: str | None = None  # of an NBD export
+
+    @property
+    def place(self) -> str | None:
+        """The path or the URI; None when only QEMU knows how to get there."""
+        return self.path if self.uri is None else self.uri
 
 
 def _options_of(text: str) -> dict[str, str]:
@@ -105,7 +114,7 @@ def _options_of(text: str) -> dict[str, str]:
 
 
 def locate(name: str, format: str | None = None, image_opts: bool = False) -> Location:
-    """What `name` means: a path, file:PATH, json:{...}, or with image_opts driver=...,file.filename=...
+    """What `name` means: a path, file:PATH, an NBD URI, json:{...}, or with image_opts driver=...,file.filename=...
 
     Raises RequestError when it cannot be read.
     """
@@ -118,6 +127,8 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
             options = json_options(name[len("json:") :])
         except ValueError as error:
             raise RequestError(f"Could not open '{name}': Could not parse the JSON options: {error}") from None
+    elif re.match(r"nbds?[+:]", name):
+        return Location(name, None, format, uri=parse_name(name, "").uri)
     elif re.match(r"[^/]*:", name):
         protocol, _, rest = name.partition(":")
         if re.match(r"[^/]*:", rest):
@@ -125,6 +136,9 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
         return Location(name, rest if protocol == "file" else None, format)
     else:
         return Location(name, name, format)
+    if options.get("file.driver") == "nbd" and options.get("driver", "qed") == "qed":
+        with suppress(UnsupportedError):
+            return Location(name, None, options.get("driver") or format, uri=from_options(options, name, "").uri)
     driver = options.pop("driver", None)
     if driver == "file":  # a protocol by itself: its bytes are the image
         return Location(name, options.get("filename"), format or "raw", _locking(name, options.get("locking")))
@@ -159,16 +173,29 @@ def backing_path(name: str, overlay: str) -> str | None:
 
 def find_format(where: Location) -> str:
     """The format of the image at `where`: as given, or probed.  Raises RequestError if it cannot be opened."""
-    if where.format is not None or where.path is None:
+    if where.format is not None or where.place is None:
         return where.format or "unknown"
     try:
-        storage = FileStorage(where.path, writable=False)  # a look at an image in use does no harm
-        try:
+        with look(where) as storage:
             return probe(storage)
-        finally:
-            storage.close()
     except StorageError as error:
-        raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.path)}") from None
+        raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.place)}") from None
+
+
+@contextmanager
+def look(where: Location) -> Iterator[Storage]:
+    """The file or export, to read a little of it: in use or not, that does no harm.  Raises StorageError."""
+    assert where.place is not None
+    storage: Storage = FileStorage(where.path, False) if where.path is not None else open_storage(where.place, False)
+    try:
+        yield storage
+    finally:
+        storage.close()
+
+
+def is_ours(where: Location, format: str) -> bool:
+    """An image in this format is read without qemu-img."""
+    return where.place is not None and format in ("qed", "raw")
 
 
 # -- opening --------------------------------------------------------------------------------------------
@@ -217,24 +244,28 @@ def open_qed(
 
     Raises QEDError with qemu-img's message: Could not open 'NAME': ...
     """
-    if where.path is None:
+    if where.place is None:
         raise UnsupportedError(
             f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here"
         )
+    from ..chain import open_image  # here and below, because not all commands should wait for these
+
     options = {"log": notice, "policy": POLICY, **_tracing, **options}
     opened: list[str] = []
 
-    def opener(path: str, writable: bool, mode: CacheMode) -> FileStorage:
+    def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
         locking = Locking.AUTO if opened else where.locking
         opened.append(path)
         if writable:
             _written.append(path)
+        if is_uri(path):
+            return open_storage(path, writable, mode)
         return open_local(path, writable, mode, locking=locking, share=force_share)
 
     try:
-        return open_image(where.path, writable, cache=cache or "writeback", opener=opener, **options)
+        return open_image(where.place, writable, cache=cache or "writeback", opener=opener, **options)
     except QEDError as error:
-        reason = open_reason(error, opened[-1] if opened else where.path)
+        reason = open_reason(error, opened[-1] if opened else where.place)
         if len(opened) > 1:
             reason = f"Could not open backing file: {reason}"
         raise RequestError(f"Could not open '{where.name}': {reason}") from error
@@ -246,6 +277,8 @@ def open_end_point(
     """Open a QED image or a raw file, as find_format tells.  Raises QEDError with qemu-img's message."""
     if find_format(where) == "qed":
         return open_qed(where, writable, cache=cache, force_share=force_share)
+    from ..formats import RawImage
+
     storage = open_file(where, writable, cache=cache, force_share=force_share)
     try:
         return RawImage(storage, writable)
@@ -256,14 +289,19 @@ def open_end_point(
 
 def open_file(
     where: Location, writable: bool = False, *, cache: str | None = None, force_share: bool = False
-) -> FileStorage:
-    """Open the file of an image by itself, and lock it.  Raises RequestError with qemu-img's message."""
-    assert where.path is not None
+) -> Storage:
+    """Open the file of an image by itself, and lock it; or an export.
+
+    Raises RequestError with qemu-img's message.
+    """
+    assert where.place is not None
     try:
         mode = cache_mode(cache or "writeback")
+        if where.path is None:
+            return open_storage(where.place, writable, mode)
         return open_local(where.path, writable, mode, locking=where.locking, share=force_share)
     except StorageError as error:
-        raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.path)}") from error
+        raise RequestError(f"Could not open '{where.name}': {open_reason(error, where.place)}") from error
 
 
 _written: list[str] = []  # paths of all that open_qed has opened for writing
@@ -273,7 +311,7 @@ def interrupted() -> str:
     """What to say when the user has interrupted the command: also whether an image has to be checked now."""
     for path in _written:
         with suppress(QEDError):
-            storage = open_local(path, writable=False)
+            storage = open_storage(path, writable=False)
             try:
                 if read_header(storage)[0].need_check:
                     return f"interrupted; {path} is whole, and will be checked when it is next written to"

@@ -8,7 +8,6 @@ from ..compact import compact
 from ..errors import RequestError
 from .common import Progress, add_shared, check_cache, locate, notice, open_qed
 
-HELP = "rewrite an image in place: small, in order, without leaks"
 EPILOG = """\
 The image may be interrupted at any time without loss; the next run continues.  While it runs, the file may be
 larger than before by 32 MiB and by the size of the L2 tables.

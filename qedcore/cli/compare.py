@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from typing import Callable
 
 from ..errors import QEDError
-from ..formats import BUFFER, EndPoint, Run, block_status, first_nonzero
-from ..geometry import SECTOR
+from ..formats import EndPoint, Run, block_status, first_nonzero
+from ..geometry import SECTOR, KiB
 from .common import (
     Location,
     Progress,
@@ -16,12 +16,12 @@ from .common import (
     check_cache,
     delegate,
     find_format,
+    is_ours,
     locate,
     open_end_point,
 )
 from .foreign import URI, option_words, serve
 
-HELP = "compare the contents of two images"
 EPILOG = """\
 exit codes: 0 the images are identical, 1 they differ, 2 an image cannot be opened, 3 its tables cannot be read,
 4 its data cannot be read
@@ -31,6 +31,8 @@ DIFFERENT = 1
 FAILURE = 2  # exit codes of qemu-img
 BAD_STATUS = 3
 BAD_READ = 4
+
+_STEP = 256 * KiB  # bytes compared at once: two of them stay in a processor's own cache
 
 
 class CompareError(QEDError):
@@ -63,7 +65,7 @@ class Comparison:
         self._names = names
         self._progress = progress
         self._say = say  # takes lines for the user
-        self._buffers = (bytearray(BUFFER), bytearray(BUFFER))
+        self._buffers = (bytearray(_STEP), bytearray(_STEP))
         nothing = Run(0, 0, False, False, False, None, None)
         self._runs = [(0, nothing), (0, nothing)]  # (end, the last one looked up) of each image
         self._end = max(image.size for image in images)  # bytes
@@ -89,10 +91,10 @@ class Comparison:
                 return f"Strict mode: Offset {pos} block status mismatch!"
             found = None
             if one.data and two.data:
-                n = min(n, BUFFER)
+                n = min(n, _STEP)
                 found = self._differ(pos, n)
             elif one.data or two.data:
-                n = min(n, BUFFER)
+                n = min(n, _STEP)
                 found = self._nonzero(0 if one.data else 1, pos, n)
             if found is not None:
                 return f"Content mismatch at offset {found}!"
@@ -106,7 +108,7 @@ class Comparison:
             run = self._status(which, pos, self._end - pos)
             n = run.length
             if run.data:
-                n = min(n, BUFFER)
+                n = min(n, _STEP)
                 found = self._nonzero(which, pos, n)
                 if found is not None:
                     return f"Content mismatch at offset {found}!"
@@ -151,7 +153,7 @@ class Comparison:
         self._read(0, pos, n)
         self._read(1, pos, n)
         one, two = self._buffers
-        if n < BUFFER:
+        if n < _STEP:
             one, two = one[:n], two[:n]
         if one == two:  # memcmp
             return None
@@ -192,17 +194,18 @@ def run(args: argparse.Namespace) -> int:
         locate(args.files[1], args.second_format, args.image_opts),
     )
     formats = [find_format(where) for where in places]
-    if all(where.path is not None and name in ("qed", "raw") for where, name in zip(places, formats)):
+    if all(map(is_ours, places, formats)):
         return compare(args, places)
     if "qed" not in formats or args.strict:
         return delegate(args, f"comparing {places[0].name} ({formats[0]}) and {places[1].name} ({formats[1]})")
     served = formats.index("qed")
     other = 1 - served
     words = ["compare", *option_words(f="raw", F=places[other].format, p=args.progress, q=args.quiet)]
-    path = places[served].path
-    assert path is not None
+    place = places[served].place
+    if place is None:
+        raise CompareError(f"Could not open '{places[served].name}': not a local file", 2)
     return serve(
-        path,
+        place,
         [*words, URI, places[other].name],
         f"comparing with {places[other].name} ({formats[other]})",
         lock=not args.force_share,

@@ -12,11 +12,11 @@ from contextlib import ExitStack, contextmanager
 
 from ..chain import resolve
 from ..cluster import FOUND, ZERO
-from ..create import replacing
 from ..errors import CorruptImageError, QEDError, RequestError, StorageError, UnsupportedError
 from ..formats import BUFFER, EndPoint, block_status, is_zero
 from ..geometry import SECTOR, round_up
 from ..image import QEDImage
+from ..new_image import replacing
 from ..storage.lock import LockedError
 from .common import (
     PROGRAM,
@@ -28,6 +28,7 @@ from .common import (
     delegate,
     find_format,
     find_qemu_img,
+    is_ours,
     locate,
     open_end_point,
     open_reason,
@@ -36,7 +37,6 @@ from .common import (
 from .foreign import URI, option_words, serve
 from .target import SAME_FILE, Options, make, print_options
 
-HELP = "copy an image into another format"
 EPILOG = f"""\
 From and to QED and raw without help; any other format needs qemu-img, and nbdkit to reach the QED side.  TARGET
 appears when it is complete, and replaces an existing file at once.  Several FILEs are put one after the other.
@@ -55,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-O", dest="target_format", metavar="FMT", default="raw", help="format to make (default: raw)"
     )
     parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE[,...]")
-    parser.add_argument("-B", dest="backing", metavar="FILE", help="the target keeps only what FILE does not have")
-    parser.add_argument("-b", dest="backing", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("-B", "-b", dest="backing", metavar="FILE", help="the target keeps only what FILE lacks")
     parser.add_argument("-F", dest="backing_format", metavar="FMT", help="format of the backing file")
     parser.add_argument("-n", dest="existing", action="store_true", help="write into TARGET, which exists")
     parser.add_argument("--target-is-zero", action="store_true", help="with -n: TARGET reads as zeros already")
@@ -379,19 +378,19 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("Failed to load snapshot: QED has no internal snapshots")
     if args.bitmaps and "qed" in formats:
         raise RequestError("Source lacks bitmap support")
-    ours = all(where.path is not None and name in ("qed", "raw") for where, name in zip(places, formats))
+    ours = all(map(is_ours, places, formats))
     if target.path is not None and target.format in ("qed", "raw") and ours:
         Conversion(args, places, target).run()
         return 0
     if "qed" not in formats and target.format != "qed":
         return delegate(args, f"converting {formats[0]} to {args.target_format}")
     source = places[0]
-    if len(places) > 1 or target.path is None or (source.path is None and formats[0] == "qed"):
+    if len(places) > 1 or target.path is None or (source.place is None and formats[0] == "qed"):
         raise UnsupportedError("QED and another format: one local source and one local target at a time, please")
     if target.format == "qed":
         return from_foreign(args, source, formats[0], target)
-    assert source.path is not None
-    return to_foreign(args, source.path, target)
+    assert source.place is not None
+    return to_foreign(args, source.place, target)
 
 
 class ToldError(Exception):

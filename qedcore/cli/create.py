@@ -25,7 +25,6 @@ from .common import (
 )
 from .target import SAME_FILE, SIZES, Options, make, print_options
 
-HELP = "make an empty image"
 DEFAULT_FORMAT = "raw" if PROGRAM == "qemu-img" else "qed"  # who calls it qemu-img expects qemu-img's
 EPILOG = """\
 An existing FILE is replaced when everything has been found right, and at once.  Without SIZE a new image is as large

@@ -6,14 +6,13 @@ import argparse
 import os
 import sys
 
-from ..create import replacing
 from ..errors import RequestError, StorageError, UnsupportedError
 from ..formats import BUFFER, EndPoint
 from ..geometry import SECTOR, round_up
+from ..new_image import replacing
 from .common import PROGRAM, Location, add_shared, delegate, find_format, locate, open_end_point, sized
 from .target import Options, make
 
-HELP = "copy blocks of an image into a new one"
 EPILOG = f"""\
 Operands are if=FILE and of=TARGET, and bs=SIZE (512), count=BLOCKS and skip=BLOCKS.  Blocks are counted from the
 beginning of the image: skip=2 count=5 copies three, from the third to the fifth.  All of them are stored, zeros too.

@@ -20,7 +20,6 @@ from ..storage import Storage
 from ..table import TableIO
 from .common import add_output, add_shared, locate, only_image, open_file
 
-HELP = "show the metadata of an image as it is, damaged or not"
 EPILOG = """\
 Without options, the header.  Tables list every entry that is not 0: its index, its value, and what that is.
 Nothing is validated before it is shown, and nothing is changed.
@@ -119,8 +118,8 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     where = locate(only_image(args.files), args.format, args.image_opts)
-    if where.path is None or where.format not in (None, "qed"):
-        raise RequestError(f"{where.name}: only local QED files can be dumped")
+    if where.place is None or where.format not in (None, "qed"):
+        raise RequestError(f"{where.name}: only QED files can be dumped")
     storage = open_file(where, force_share=args.force_share)
     try:
         return dump(args, storage)

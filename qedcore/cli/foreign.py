@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UnsupportedError
+from ..storage.file import is_uri
 from .common import POLICY, find_qemu_img, run_signed
 
 PLUGIN_VARIABLE = "QED_PLUGIN"  # environment: path of qed.py, instead of the one that came with this program
@@ -30,7 +31,7 @@ def find_plugin() -> str | None:
 
 
 def serve(image: str, arguments: Sequence[str], what: str, *, writable: bool = False, lock: bool = True) -> int:
-    """Serve the QED image at path `image` and run qemu-img with `arguments`, URI among them; its exit code.
+    """Serve the QED image at path or URI `image`, run qemu-img with `arguments`, URI among them; its exit code.
 
     `lock`: refuse an image that is in use.  Raises UnsupportedError, naming `what` was wanted, when a program is
     missing.
@@ -45,7 +46,8 @@ def serve(image: str, arguments: Sequence[str], what: str, *, writable: bool = F
         raise UnsupportedError(f"{what} needs {' and '.join(missing)}, which cannot be found")
     # nbdkit puts the socket's URI into $uri of the command's environment
     words = " ".join('"$uri"' if word == URI else shlex.quote(word) for word in [qemu_img, *arguments])
-    command = [nbdkit, "-U", "-", *([] if writable else ["-r"]), "python", plugin, f"file={os.path.abspath(image)}"]
+    command = [nbdkit, "-U", "-", *([] if writable else ["-r"]), "python", plugin]
+    command.append(f"file={image if is_uri(image) else os.path.abspath(image)}")
     command += [] if lock else ["lock=off"]
     return run_signed([*command, f"backing={POLICY.follow}", f"backing-format={POLICY.format}", "--run", words])
 

@@ -13,7 +13,7 @@ from ..header import FEATURE_NAMES, FEATURE_NO_PROBE, read_header
 from ..image import QEDImage
 from ..scan import Scan
 from ..sizes import format_size
-from ..storage.file import FileStorage
+from ..storage.file import is_uri
 from .common import (
     Location,
     add_output,
@@ -21,12 +21,13 @@ from .common import (
     delegate,
     find_format,
     find_qemu_img,
+    is_ours,
     locate,
+    look,
     only_image,
     open_qed,
 )
 
-HELP = "describe an image"
 EPILOG = """\
 --verbose adds what qemu-img does not tell: table_size, features, and how many clusters of the file are in use (for
 which it reads all tables).  "dirty" means that the image was not closed cleanly; it is said whenever it is so.
@@ -65,22 +66,22 @@ def _plain(path: str, size: int, format: str, cluster_size: int = 0) -> Facts:
     facts: Facts = {"virtual-size": size, "filename": path}
     if cluster_size:
         facts["cluster-size"] = cluster_size
-    return {**facts, "format": format, "actual-size": os.stat(path).st_blocks * SECTOR}
+    facts["format"] = format
+    if not is_uri(path):
+        facts["actual-size"] = os.stat(path).st_blocks * SECTOR
+    return facts
 
 
 def describe_raw(where: Location) -> Facts:
-    assert where.path is not None
+    assert where.place is not None
     try:
-        storage = FileStorage(where.path, writable=False)  # in use or not: nothing of it is read
-        try:
+        with look(where) as storage:
             size = round_up(storage.size(), SECTOR)
-        finally:
-            storage.close()
     except StorageError as error:
         raise RequestError(
-            f"Could not open '{where.name}': Could not open '{where.path}': {os.strerror(error.errno)}"
+            f"Could not open '{where.name}': Could not open '{where.place}': {os.strerror(error.errno)}"
         ) from None
-    return {**_plain(where.path, size, "raw"), "dirty-flag": False}
+    return {**_plain(where.place, size, "raw"), "dirty-flag": False}
 
 
 def details(image: QEDImage) -> Facts:
@@ -119,14 +120,14 @@ class Chain:
         if where.path is not None:
             self._refuse_loop(where)
         format = find_format(where)
-        if where.path is None or format not in ("raw", "qed"):
+        if where.place is None or format not in ("raw", "qed"):
             self._foreign(where, format)
             return None
         if format == "raw":
             self.layers.append(describe_raw(where))
             return None
         with open_qed(where, force_share=self._args.force_share, follow=False) as image:
-            facts = describe(where.path, image)
+            facts = describe(where.place, image)
             if self._args.verbose:
                 facts.update(details(image))
         self.layers.append(facts)
@@ -167,7 +168,7 @@ def print_human(facts: Facts) -> None:
     print(f"image: {facts['filename']}")
     print(f"file format: {facts['format']}")
     print(f"virtual size: {format_size(facts['virtual-size'])} ({facts['virtual-size']} bytes)")
-    print(f"disk size: {format_size(facts['actual-size'])}")
+    print(f"disk size: {format_size(facts['actual-size']) if 'actual-size' in facts else 'unavailable'}")
     if "cluster-size" in facts:
         print(f"cluster_size: {facts['cluster-size']}")
     if "backing-filename" in facts:
@@ -188,8 +189,9 @@ def print_human(facts: Facts) -> None:
 
 def run(args: argparse.Namespace) -> int:
     where = locate(only_image(args.files), args.format, args.image_opts)
-    if where.path is None or find_format(where) not in ("raw", "qed"):
-        return delegate(args, f"describing {where.name} ({where.format or find_format(where)})")
+    format = find_format(where)
+    if not is_ours(where, format):
+        return delegate(args, f"describing {where.name} ({format})")
     chain = Chain(args)
     chain.follow(where)
     if args.output == "json":

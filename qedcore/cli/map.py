@@ -6,9 +6,8 @@ import argparse
 
 from ..errors import CorruptImageError, RequestError
 from ..formats import Run, runs
-from .common import add_output, add_shared, delegate, find_format, locate, only_image, open_end_point, sized
+from .common import add_output, add_shared, delegate, find_format, is_ours, locate, only_image, open_end_point, sized
 
-HELP = "show where the data of an image is"
 EPILOG = """\
 The human format lists data only.  In the JSON format, depth counts backing files from 0, the image itself; present
 is false where no file has anything, and such parts, like those with zero, read as zeros.
@@ -34,7 +33,7 @@ def json_row(pos: int, run: Run) -> str:
 def run(args: argparse.Namespace) -> int:
     where = locate(only_image(args.files), args.format, args.image_opts)
     format = find_format(where)
-    if where.path is None or format not in ("qed", "raw"):
+    if not is_ours(where, format):
         return delegate(args, f"a map of {where.name} ({format})")
     start = sized(args.start_offset, "start offset")
     with open_end_point(where, force_share=args.force_share) as image:

@@ -8,11 +8,10 @@ import json
 from ..errors import CorruptImageError, RequestError
 from ..formats import EndPoint, runs
 from ..geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, round_up
-from .common import add_output, add_shared, delegate, find_format, locate, open_end_point, sized
+from .common import add_output, add_shared, delegate, find_format, is_ours, locate, open_end_point, sized
 from .foreign import URI, option_words, serve
 from .target import Options, check_geometry
 
-HELP = "tell how large a file a conversion will make"
 EPILOG = """\
 "required" is enough for the data that the image has now, "fully allocated" for every byte of the device.
 """
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         return measured(args, size, None)
     where = locate(args.files[0], args.format, args.image_opts)
     format = find_format(where)
-    if where.path is None or format not in ("qed", "raw"):
+    if not is_ours(where, format):
         if args.target_format == "qed":
             raise RequestError(f"measuring {where.name} ({format}): convert it to QED or raw, or use --size")
         return delegate(args, f"measuring {where.name} ({format})")
@@ -88,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
             return delegate(args, f"measuring {args.target_format}")
         options = option_words(f="raw", O=args.target_format, o=",".join(args.options) or None)
         words = ["measure", f"--output={args.output}", *options, URI]
-        return serve(where.path, words, f"measuring {args.target_format}", lock=not args.force_share)
+        assert where.place is not None
+        return serve(where.place, words, f"measuring {args.target_format}", lock=not args.force_share)
     with open_end_point(where, force_share=args.force_share) as image:
         try:
             return measured(args, image.size, image)

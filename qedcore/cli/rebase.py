@@ -26,7 +26,6 @@ from .common import (
     open_reason,
 )
 
-HELP = "put an image onto another backing file, or onto none"
 EPILOG = """\
 The guest's data stay the same: what the new backing file has differently is copied into the image first.
 With -u only the name changes, for a backing file that was moved or renamed; its content must be the same.
@@ -83,7 +82,7 @@ def _rebase(args: argparse.Namespace, where: Location) -> None:
             if args.backing:
                 if not args.backing_format:
                     raise _cannot_change(args.backing, RequestError("backing format must be specified"))
-                path = resolve(args.backing, where.path or "")
+                path = resolve(args.backing, where.place or "")
                 opener = partial(open_file, share=args.force_share)
                 cache = args.source_cache or "writeback"
                 try:

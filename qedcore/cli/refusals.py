@@ -8,12 +8,6 @@ from typing import Any
 from ..errors import RequestError
 from .common import add_shared, delegate, find_format, locate, open_qed
 
-HELP = {
-    "snapshot": "list internal snapshots: QED has none",
-    "amend": "change options of an image: QED cannot",
-    "bitmap": "persistent bitmaps: QED cannot store any",
-}
-
 _BITMAP_ACTIONS = ("add", "remove", "clear", "enable", "disable", "merge")
 
 
@@ -50,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("Must specify options (-o)")
     where = locate(args.files[0], args.format, args.image_opts)
     format = find_format(where)
-    if format != "qed" or where.path is None:
+    if format != "qed" or where.place is None:
         return delegate(args, f"{args.command} of {where.name} ({format})")
     with open_qed(where, force_share=args.force_share, follow=False):
         pass

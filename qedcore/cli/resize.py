@@ -11,7 +11,6 @@ from ..resize import resize
 from ..sizes import parse_qemu_size
 from .common import PROGRAM, add_shared, delegate, find_format, locate, notice, open_qed
 
-HELP = "change the size of an image"
 EPILOG = """\
 SIZE is in bytes or has a suffix k, M, G, T, P or E; +SIZE grows and -SIZE shrinks the image by that much.
 Space that an image gains reads as zeros.  Data past a new end is lost, hence --shrink must be given for it.

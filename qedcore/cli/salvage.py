@@ -6,14 +6,14 @@ import argparse
 import json
 import os
 
-from ..create import replacing
 from ..errors import RequestError
+from ..new_image import replacing
 from ..salvage import GOOD, LOST, Found, Range, Salvage
 from ..sizes import parse_size
-from ..storage.file import FileStorage, open_file
+from ..storage import Storage
+from ..storage.file import FileStorage, is_uri, open_file, open_storage
 from .common import Progress, add_output, add_shared
 
-HELP = "rescue what is left of an image that cannot be repaired"
 EPILOG = """\
 IMAGE is only read.  OUT becomes a raw file with zeros where nothing was found.  The ranges of the device are printed:
 good (found), zero (nothing was written there, or zeros) and lost.  The exit code is 0 if nothing was lost and no
@@ -45,9 +45,12 @@ def run(args: argparse.Namespace) -> int:
             ("image_size", args.size),
         )
     }
-    storage = open_file(args.image, writable=False, share=args.force_share)
+    local = not is_uri(args.image)
+    storage: Storage = (
+        open_file(args.image, writable=False, share=args.force_share) if local else open_storage(args.image, False)
+    )
     try:
-        if os.path.exists(args.out) and os.path.samefile(args.image, args.out):
+        if local and os.path.exists(args.out) and os.path.samefile(args.image, args.out):
             raise RequestError(f"{args.out} is the image itself")
         with Progress(args, _STEPS) as progress:
             salvage = Salvage(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-from ..create import create
 from ..errors import ImageFormatError, RequestError, StorageError
 from ..geometry import (
     DEFAULT_CLUSTER_SIZE,
@@ -18,6 +17,7 @@ from ..geometry import (
     Geometry,
 )
 from ..header import HEADER_BYTES, MAX_BACKING_NAME, Header
+from ..new_image import create
 from ..sizes import parse_qemu_size
 from ..storage.lock import LockedError
 from .common import PROGRAM, open_reason

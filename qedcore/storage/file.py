@@ -11,9 +11,8 @@ import re
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from ..errors import RequestError, StorageError
 from . import ReadBuffer, Storage, WriteBuffer
@@ -21,12 +20,12 @@ from .flush import GroupCommit
 from .lock import FileLock, Locking, Use
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, with FALLOC_FL_KEEP_SIZE as it must be
+FAR = 1 << 63  # bytes: past the end of every file
 _IOV_BYTES = 1 << 30  # one system call moves less than 2 GiB
 _READAHEAD_BYTES = 128 * 1024  # Linux prefetches no more per call than a device's window, and this is the usual one
 
 
-@dataclass(frozen=True)
-class CacheMode:
+class CacheMode(NamedTuple):
     """A cache mode with QEMU's meaning."""
 
     direct: bool = False  # past the page cache
@@ -169,6 +168,13 @@ class FileStorage:
                 if rest:
                     self.pwrite(rest, offset - len(rest))
 
+    def next_data(self, offset: int) -> int:
+        """Where the next data may be (bytes), from `offset` on: before are only zeros.  Raises nothing."""
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            return FAR if error.errno == errno.ENXIO else offset  # ENXIO: only a hole up to the end
+
     def prefetch(self, offset: int, length: int) -> None:
         """Have the system read these bytes into its cache; a hint, which may do nothing.  Raises nothing."""
         with suppress(OSError):
@@ -222,12 +228,9 @@ class FileStorage:
         return StorageError(f"cannot {verb} {length} bytes at {offset:#x} of {self.name}", error)
 
 
-_NBD_URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
-
-
 def is_uri(name: str | os.PathLike[str]) -> bool:
     """`name` is an NBD URI, not a path."""
-    return _NBD_URI.match(os.fspath(name)) is not None
+    return re.match(r"nbds?(\+unix|\+vsock)?://", os.fspath(name)) is not None
 
 
 def open_storage(path: str | os.PathLike[str], writable: bool, mode: CacheMode = CacheMode()) -> Storage:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -401,33 +399,3 @@ def test_compact_damaged(pair: Pair) -> None:
         file.write(entry.to_bytes(8, "little"))
     result = qed("compact", path)
     assert result.rc == 1 and result.err.count("\n") == 1 and "repair it first" in result.err
-
-
-def test_interrupt(tmp_path: Path) -> None:
-    """Ctrl-C ends it with one line; the image is whole, and asks for the repair that the next run does."""
-    path = tmp_path / "image.qed"
-    qemu.create(path, 64 * MiB, GEOMETRIES[0])
-    (tmp_path / "data").write_bytes(stamp(3, 0, 48 * MiB))
-    commands = [f"write -q -s {tmp_path / 'data'} {pos}M 16M" for pos in (48, 32, 16, 0)]
-    qemu.qemu_io_ok(path, *commands)
-    qemu.to_raw(path, tmp_path / "before.raw")
-    code = (
-        "import os, signal, sys; from qedcore.storage import file; sync = os.fdatasync; left = [12]\n"
-        "def fdatasync(fd):\n"
-        "    left[0] -= 1\n"
-        "    if not left[0]: os.kill(os.getpid(), signal.SIGINT)\n"
-        "    sync(fd)\n"
-        "os.fdatasync = fdatasync\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a job in the background\n"
-        "from qedcore.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [PYTHON, "-c", code, "compact", path], capture_output=True, text=True, timeout=20, env={**os.environ, **ENV}
-    )
-    said = f"qed: interrupted; {path} is whole, and will be checked when it is next written to\n"
-    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, said)
-    with QedFile(path) as image:
-        assert image.need_check and not image.verify().errors
-    assert "was not closed cleanly" in qed("compact", path).err
-    qemu.assert_check_clean(path)
-    qemu.qemu_img_ok("compare", "-f", "qed", "-F", "raw", path, tmp_path / "before.raw")

@@ -16,8 +16,8 @@ import pytest
 
 from qedcore.cli import COMMANDS, build_command_parser, common, main, parse
 from qedcore.cli.common import Location, Progress, locate, sized
-from qedcore.create import replacing
 from qedcore.errors import RequestError, StorageError, UnsupportedError
+from qedcore.new_image import replacing
 from qedcore.sizes import parse_qemu_size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,12 +27,10 @@ LOCATED = {
     ("a.qed", "qed", False): ("a.qed", "qed"),
     ("dir/a:b", None, False): ("dir/a:b", None),
     ("file:a.qed", "raw", False): ("a.qed", "raw"),
-    ("nbd://host", None, False): (None, None),
     ("driver=qed,file.filename=a.qed", None, True): ("a.qed", "qed"),
     ("driver=qed,file.filename=a,,b.qed", None, True): ("a,b.qed", "qed"),
     ("file.filename=a.qed", None, True): ("a.qed", None),
     ("driver=file,filename=a", None, True): ("a", "raw"),
-    ("driver=qed,file.driver=nbd,file.host=h", None, True): (None, "qed"),
     ('json:{"driver":"qed","file":{"filename":"a.qed"}}', None, False): ("a.qed", "qed"),
     ("json:{'driver':'qed','file':{'filename':'it\\'s \"a\".qed'}}", None, False): ('it\'s "a".qed', "qed"),
     ('json:{"driver":"null-co","size":5}', None, False): (None, "null-co"),
@@ -43,6 +41,26 @@ LOCATED = {
 def test_locate(given: tuple[str, str | None, bool]) -> None:
     path, format = LOCATED[given]
     assert locate(*given) == Location(given[0], path, format)
+
+
+@pytest.mark.parametrize(
+    ("given", "uri"),
+    [
+        (("nbd://host/name", None, False), "nbd://host/name"),
+        (("nbd+unix:///?socket=s", "qed", False), "nbd+unix:///?socket=s"),
+        (("nbd:host:7:exportname=a b", None, False), "nbd://host:7/a%20b"),
+        (("nbd:unix:s", None, False), "nbd+unix:///?socket=s"),
+        (("driver=qed,file.driver=nbd,file.host=h", None, True), "nbd://h:10809/"),
+        (("json:{'driver':'qed','file':{'driver':'nbd','server':{'type':'unix','path':'s'}}}", None, False),
+         "nbd+unix:///?socket=s"),
+        (("driver=qcow2,file.driver=nbd,file.host=h", None, True), None),
+        (("driver=qed,file.driver=nbd,file.host=h,file.tls-creds=t", None, True), None),
+    ],
+)  # fmt: skip
+def test_locate_on_a_server(given: tuple[str, str | None, bool], uri: str | None) -> None:
+    found = locate(*given)
+    assert (found.path, found.uri, found.place) == (None, uri, uri)
+    assert locate("a.qed").place == "a.qed"
 
 
 @pytest.mark.parametrize(

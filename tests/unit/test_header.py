@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import random
-from dataclasses import replace
 
 import pytest
 from fakes import Call, FailAt, Gate, Job, MemoryStorage, Tap
@@ -82,7 +81,7 @@ def test_read_header() -> None:
 
 
 def test_read_header_changes_nothing() -> None:
-    tap = Tap(stored(replace(FIELDS, autoclear_features=3), b"base.raw"))
+    tap = Tap(stored(FIELDS._replace(autoclear_features=3), b"base.raw"))
     read_header(tap)
     assert tap.log == []
 
@@ -109,13 +108,13 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:9]))
 @pytest.mark.parametrize("offset", [64, 5000])
 def test_backing_name(name: bytes, offset: int) -> None:
-    header = replace(FIELDS, backing_filename_offset=offset, backing_filename_size=len(name))
+    header = FIELDS._replace(backing_filename_offset=offset, backing_filename_size=len(name))
     assert read_backing_name(stored(header, name), header) == NAMES[name]
 
 
 @pytest.mark.parametrize(("features", "size"), [(0, 8), (4, 8), (1, 0)])
 def test_no_backing_name(features: int, size: int) -> None:
-    header = replace(FIELDS, features=features, backing_filename_size=size)
+    header = FIELDS._replace(features=features, backing_filename_size=size)
     assert read_backing_name(stored(header, b"base.raw"), header) is None
 
 
@@ -125,7 +124,7 @@ def test_no_backing_name(features: int, size: int) -> None:
      (0, 4, True), (2**32 - 1, 1, False), (1, 2**32 - 1, False)],
 )  # fmt: skip
 def test_place_of_the_backing_name(offset: int, size: int, good: bool) -> None:
-    header = replace(FIELDS, features=1, backing_filename_offset=offset, backing_filename_size=size)
+    header = FIELDS._replace(features=1, backing_filename_offset=offset, backing_filename_size=size)
     storage = MemoryStorage(header.pack() + bytes(5 * 64 * KiB - 64))
     if good:
         assert read_header(storage)[0] == header
@@ -146,12 +145,12 @@ def updater(tap: Tap) -> HeaderUpdater:
     [(0, 0, 2, 2), (5, 0, 2, 7), (7, 2, 0, 5), (5, 2, 0, 5), (7, 1, 2, 6), (2, 2, 2, 2)],
 )
 def test_set_features(before: int, clear: int, set_: int, after: int) -> None:
-    storage = stored(replace(FIELDS, features=before), b"base.raw")
+    storage = stored(FIELDS._replace(features=before), b"base.raw")
     old = bytes(storage.data)
     tap = Tap(storage)
     header = updater(tap)
     header.set_features(clear=clear, set=set_)
-    assert header.header == replace(FIELDS, features=after)
+    assert header.header == FIELDS._replace(features=after)
     assert storage.data[:64] == header.header.pack()
     assert storage.data[64:] == old[64:]
     assert tap.log == [Call("pwrite", 0, 64)]  # within one sector: a torn write cannot mix two headers
@@ -167,7 +166,7 @@ def test_failed_write_leaves_memory_unchanged(code: int, late: bool) -> None:
     assert caught.value.errno == code
     assert header.header == FIELDS
     header.set_features(set=2)  # the lock is free again
-    assert Header.unpack(bytes(tap.inner.data[:64])) == header.header == replace(FIELDS, features=7)
+    assert Header.unpack(bytes(tap.inner.data[:64])) == header.header == FIELDS._replace(features=7)
 
 
 def test_memory_follows_the_disk() -> None:
@@ -219,7 +218,7 @@ def test_updates_wait_for_each_other() -> None:
 
 
 def test_clear_unknown_autoclear() -> None:
-    storage = stored(replace(FIELDS, autoclear_features=2**63 + 5))
+    storage = stored(FIELDS._replace(autoclear_features=2**63 + 5))
     tap = Tap(storage)
     header = updater(tap)
     assert header.clear_unknown_autoclear() is True
@@ -231,7 +230,7 @@ def test_clear_unknown_autoclear() -> None:
 
 @pytest.mark.parametrize("n", [1, 2], ids=["write", "flush"])
 def test_failed_autoclear_is_reported(n: int) -> None:
-    header = updater(Tap(stored(replace(FIELDS, autoclear_features=1)), FailAt(n, code=errno.ENOSPC)))
+    header = updater(Tap(stored(FIELDS._replace(autoclear_features=1)), FailAt(n, code=errno.ENOSPC)))
     with pytest.raises(StorageError) as caught:
         header.clear_unknown_autoclear()
     assert caught.value.errno == errno.ENOSPC

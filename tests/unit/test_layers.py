@@ -20,14 +20,15 @@ PACKAGE = ROOT / "qedcore"
 LAYERS = (
     ("errors",),
     ("locks", "trace", "sizes", "thread_state", "affinity", "free", "in_flight"),
-    ("geometry", "storage"),
+    ("geometry", "storage", "cluster_use"),
     ("storage.flush", "storage.lock", "storage.ranges", "storage.nbd_link"),
     ("storage.file", "storage.nbd"),
     ("storage.direct", "storage.qemu_nbd"),
     ("header", "rehearsal", "backing"),
-    ("table", "create"),
+    ("table", "new_image"),
     ("l2_cache", "past_end", "runs"),
-    ("cluster", "alloc", "scan"),
+    ("cluster", "alloc", "quick_look"),
+    ("scan",),
     ("claims", "fixed_size"),
     ("request", "trial", "check"),
     ("write",),
@@ -46,7 +47,7 @@ EXACT = {module: rank for rank, modules in enumerate(LAYERS) for module in modul
 LATE = {("storage.file", "storage.direct"), ("storage.file", "storage.nbd")}
 
 # Used where installed, never needed.
-OPTIONAL = {"scan": {"numpy"}, "storage.nbd_link": {"nbd"}}
+OPTIONAL = {"quick_look": {"numpy"}, "storage.nbd_link": {"nbd"}}
 
 
 class Edge(NamedTuple):

@@ -16,9 +16,9 @@ from support.qed_image import Built
 from unit.fakes import open_fds
 
 import qedcore
-from qedcore.create import create, replacing
 from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
 from qedcore.exports import OneImage
+from qedcore.new_image import create, replacing
 from qedcore.parameters import Parameters
 from qedcore.shared import Opener
 from qedcore.storage import lock

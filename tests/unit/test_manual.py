@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 from support.tools import REPO, require, run
 
+from qedcore.cli import COMMANDS, build_command_parser
 from qedcore.parameters import Parameters
 from qedcore.storage.file import CACHE_MODES
 
 PAGE = REPO / "plugin" / "nbdkit-qed-plugin.pod"
+COMMAND_PAGE = REPO / "plugin" / "qed.pod"
 README = REPO / "README.md"
 
 
@@ -72,3 +75,41 @@ def test_examples_are_accepted(command: str) -> None:
         if equals and not name.startswith("-"):
             parameters.take(name, value)
     parameters.complete()
+
+
+# -- qed(1) -------------------------------------------------------------------------------------------------------
+
+
+def options_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", text))
+
+
+def command_sections() -> dict[str, str]:
+    """Command -> its heading and text.  "": what all or most commands take."""
+    page = COMMAND_PAGE.read_text()
+    options, commands = (
+        page.partition(f"=head1 {name}\n")[2].partition("\n=head1 ")[0] for name in ("OPTIONS", "COMMANDS")
+    )
+    parts = re.split(r"^=head2 ", commands, flags=re.MULTILINE)[1:]
+    return {"": options, **{part.split()[0]: part for part in parts}}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_documented_and_there_is_no_other(command: str) -> None:
+    """Short ones with their command; what they mean may be said once for all commands."""
+    sections = command_sections()
+    own, common = options_in(sections[command]), options_in(sections[""])
+    known = set()
+    for action in build_command_parser(command)._actions:
+        if action.help == argparse.SUPPRESS or "--help" in action.option_strings:
+            continue
+        known |= set(action.option_strings)
+        for name in action.option_strings:
+            alone = all(other.startswith("--") for other in action.option_strings)
+            anywhere = name.startswith("--") and (alone or own & set(action.option_strings))
+            assert name in own or (anywhere and name in common), f"{command} {name}"
+    assert own <= known, f"{command}: {own - known}"
+
+
+def test_every_command_is_documented_and_there_is_no_other() -> None:
+    assert set(command_sections()) == {"", *COMMANDS}

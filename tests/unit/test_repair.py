@@ -20,11 +20,12 @@ from support.crashes import World
 from support.patterns import GiB, KiB, MiB
 from support.qed_image import F_NEED_CHECK, Built, Geometry, ImageSpec, QedFile, assert_sound, build, read_header
 
+from qedcore.cluster_use import READ
 from qedcore.errors import ImageFormatError, QEDError, StorageError
 from qedcore.header import read_header as read_qed_header
 from qedcore.rehearsal import Rehearsal
 from qedcore.repair import Outcome, Repair
-from qedcore.scan import READ, Blocks, Damage, Scan, ScanResult
+from qedcore.scan import Blocks, Damage, Scan, ScanResult
 from qedcore.storage import Storage
 from qedcore.storage.file import CacheMode, FileStorage
 
@@ -223,11 +224,12 @@ def test_numpy_finds_the_same(tmp_path: Path, rng: random.Random, monkeypatch: p
 
 
 @pytest.mark.skipif(not HAS_NUMPY, reason="numpy is not installed")
-@pytest.mark.parametrize("tables", [1, 31, 32, 33, 64, 65, 97])  # numpy gets 32 of them at once
+@pytest.mark.parametrize("tables", [1, 31, 32, 33, 64, 65, 97])
 def test_numpy_finds_the_same_in_many_tables(
     tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch, tables: int
 ) -> None:
     """Tables that are runs, shuffled, sparse, blank, or holes in the file: sound, and with one wrong entry."""
+    monkeypatch.setattr("qedcore.quick_look._BATCH_ENTRIES", 32 * E)  # tables at once
     path = tmp_path / "a.qed"
     full = ["run", "run", "shuffled", "pieces"]
     for damaged, kinds in (False, full), (False, [*full, "sparse", "zeros", "blank", "hole"]), (True, full):
@@ -277,7 +279,7 @@ def test_holes_are_not_read(image: Image) -> None:
         read.append(call.length)
 
     tap = Tap(FileStorage(built.path, False), note)
-    tap.fd = tap.inner.fd  # type: ignore[attr-defined]  # where holes are asked for
+    tap.next_data = tap.inner.next_data  # type: ignore[attr-defined]
     found, _, _ = scan(tap)
     assert found.clean and found.allocated == 1
     assert sum(read) <= 8 * MiB and max(read) <= MiB

@@ -7,17 +7,18 @@ import random
 import pytest
 from support.patterns import KiB, MiB
 
-from qedcore.runs import Runs
+from qedcore.runs import FollowingRuns, Runs
 from qedcore.table import contiguous, empty
 
 CLUSTER_SIZES = [4 * KiB << n for n in range(15)]
 LENGTHS = [1, 2, 31, 32, 33, 95, 96, 97, 511, 4096, 4097, 10000]
 
 
+@pytest.mark.parametrize("kind", [Runs, FollowingRuns])
 @pytest.mark.parametrize("cluster_size", CLUSTER_SIZES, ids=lambda size: f"{size // KiB}K")
-def test_a_run_ends_where_it_ends(cluster_size: int, rng: random.Random) -> None:
+def test_a_run_ends_where_it_ends(kind: type[Runs], cluster_size: int, rng: random.Random) -> None:
     """Wherever the low bytes of the offsets run over, and wherever an entry is wrong in one bit."""
-    runs = Runs(cluster_size)
+    runs = kind(cluster_size)
     assert cluster_size <= 64 * MiB
     for length in LENGTHS:
         for edge in (1 << 24, 1 << 32, 1 << 40, 1 << 56, rng.randrange(1 << 60)):

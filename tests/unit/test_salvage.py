@@ -17,7 +17,7 @@ from qedcore.cli import main
 from qedcore.errors import QEDError, StorageError
 from qedcore.geometry import Bounds
 from qedcore.geometry import Geometry as QedGeometry
-from qedcore.salvage import GOOD, GUESSED, LOST, ZERO, Range, Salvage
+from qedcore.salvage import FROM_BACKING, GOOD, GUESSED, LOST, ZERO, Range, Salvage
 from qedcore.storage.file import FileStorage
 from qedcore.trial import l1_shaped
 
@@ -184,6 +184,22 @@ def test_nothing_to_find(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(QEDError, match="nothing in the file"):
         rescue(tmp_path / "a", tmp_path / "out.raw")
+
+
+@pytest.mark.parametrize("backing", [None, "gone.raw"])
+def test_an_empty_image(image: Image, tmp_path: Path, backing: str | None) -> None:
+    """Whole, without a single table: all of it is zeros, or the backing file's.  Anything else is not known."""
+    built = image(size=5 * MiB, backing=backing)
+    found, ranges = rescue(built.path, tmp_path / "out.raw")
+    assert ranges == [Range(0, 5 * MiB, ZERO, FROM_BACKING if backing else "")] and not found.guessed
+    assert any("empty" in note for note in found.notes)
+    assert (tmp_path / "out.raw").read_bytes() == bytes(5 * MiB)
+    command = ["salvage", "-q", "--size", "5M", str(built.path), str(tmp_path / "out.raw")]
+    assert main(command) == 0 and main([*command[:3], "6M", *command[4:]]) == 1
+    for lost in ({"leaks": 1}, {"l1_entries": {0: 1 << 40}}, {"header": {"table_size": 3}}):
+        built = image(size=5 * MiB, backing=backing, **lost)
+        with pytest.raises(QEDError, match="nothing in the file"):
+            rescue(built.path, tmp_path / "out.raw")
 
 
 def test_noise(tmp_path: Path, rng: random.Random) -> None:
