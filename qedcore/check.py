@@ -7,7 +7,7 @@ I3. The unreferenced tail is given back if all damage is what a crash leaves beh
     may be something to salvage.
 I4. NEED_CHECK is cleared when all of that is durable and nothing is left.  A crash or an error in here is met by the
     same repair at the next open.
-I5. Memory has a limit, whatever the image: the map (MAP_LIMIT), 8 bytes per table with damage, one slice.
+I5. Memory has a limit, whatever the image: the map (MAP_LIMIT), 8 bytes per table with damage, one part of a table.
 
 The caller makes sure that nobody changes the tables meanwhile.
 """
@@ -21,7 +21,7 @@ from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from .header import FEATURE_NEED_CHECK, HeaderUpdater
 from .scan import Damage, Scan
 from .storage import Storage
-from .table import Table, TableIO, empty, table_slices
+from .table import Table, TableIO, empty, table_parts
 
 # Clusters, and bytes of memory: 8 TiB at the default geometry.  What is behind cannot be compared with the rest.
 MAP_LIMIT = 1 << 27
@@ -87,7 +87,7 @@ def repair_after_crash(
         if writable(offset):
             valid = bounds.valid_table if offset == l1_offset else bounds.valid_cluster
             lowest = ZERO_CLUSTER if offset == l1_offset else ZERO_CLUSTER + 1  # of the entries that lead somewhere
-            for base, table in table_slices(storage, geometry, offset):
+            for base, table in table_parts(storage, geometry, offset):
                 wrong = [i for i, entry in enumerate(table) if entry >= lowest and not valid(entry)]
                 if wrong:
                     _clear(tables, offset + base * ENTRY, table, wrong)
@@ -130,7 +130,7 @@ def shares_clusters(
 
 
 def _clear(tables: TableIO, offset: int, table: Table, wrong: list[int]) -> None:
-    """Clear these entries of the slice at `offset` with one write."""
+    """Clear these entries of the part at `offset` with one write."""
     repaired = table[:]
     for i in wrong:
         repaired[i] = UNALLOCATED

@@ -104,9 +104,9 @@ def _find_above(image: Source, base: Source, pos: int, length: int) -> tuple[Sto
 def _empty(metadata: Metadata) -> None:
     """Drop all that the image has.  In any order: its base has the same."""
     geo, offset = metadata.geometry, metadata.header.header.l1_table_offset
-    nothing = empty(geo.slice_entries)
-    for at in range(offset, offset + geo.table_entries * ENTRY, geo.slice_bytes):
-        table = metadata.tables.read(at, geo.slice_entries)
+    nothing = empty(geo.part_entries)
+    for at in range(offset, offset + geo.table_entries * ENTRY, geo.part_bytes):
+        table = metadata.tables.read(at, geo.part_entries)
         if table.count(UNALLOCATED) != len(table):
             metadata.tables.write_all(at, nothing)
     metadata.storage.flush()  # the L1 table, before the clusters are given back

@@ -94,7 +94,7 @@ class Layout:
         self.units = SlotMap()
         self.l2_offsets: dict[int, int] = {}  # L1 index -> bytes
         self._place(L1_TABLE, metadata.header.header.l1_table_offset)
-        for base, l1 in self._slices(lambda: metadata.header.header.l1_table_offset):
+        for base, l1 in self._parts(lambda: metadata.header.header.l1_table_offset):
             for index, offset in enumerate(l1, base):
                 if offset:
                     self._place(l2_unit(index), offset)
@@ -113,7 +113,7 @@ class Layout:
         The table may move meanwhile; the offsets are then those from before.
         """
         first = index * self._geometry.table_entries
-        for base, table in self._slices(lambda: self.l2_offsets[index]):
+        for base, table in self._parts(lambda: self.l2_offsets[index]):
             for cluster, entry in enumerate(table, first + base):
                 if entry > ZERO_CLUSTER:
                     yield data_unit(cluster), entry
@@ -126,11 +126,11 @@ class Layout:
             for unit, _ in self.data_units(index):
                 yield unit
 
-    def _slices(self, offset: Callable[[], int]) -> Iterator[tuple[int, Table]]:
-        """(index of the first entry, slice) of the slices of a table that are not empty."""
+    def _parts(self, offset: Callable[[], int]) -> Iterator[tuple[int, Table]]:
+        """(index of the first entry, part) of the parts of a table that are not empty."""
         geo = self._geometry
-        for base in range(0, geo.table_entries, geo.slice_entries):
-            table = self._tables.read(offset() + base * ENTRY, geo.slice_entries)
+        for base in range(0, geo.table_entries, geo.part_entries):
+            table = self._tables.read(offset() + base * ENTRY, geo.part_entries)
             if table.count(UNALLOCATED) != len(table):
                 yield base, table
 
@@ -379,11 +379,11 @@ def _clear_entries(metadata: Metadata, offset: int, first: int) -> bool:
     """Clear the entries of the table at `offset` from number `first` on; True if there were any."""
     geo = metadata.geometry
     found = False
-    for base in range(0, geo.table_entries, geo.slice_entries):
+    for base in range(0, geo.table_entries, geo.part_entries):
         start = max(first - base, 0)
-        if start >= geo.slice_entries:
+        if start >= geo.part_entries:
             continue
-        table = metadata.tables.read(offset + base * ENTRY, geo.slice_entries)
+        table = metadata.tables.read(offset + base * ENTRY, geo.part_entries)
         rest = table[start:]
         if rest.count(UNALLOCATED) != len(rest):
             metadata.tables.write(offset + base * ENTRY, table, start, empty(len(rest)))
@@ -402,8 +402,8 @@ def _drop_useless(metadata: Metadata, layout: Layout, zeros: bool) -> bool:
         zero[0] = ZERO_CLUSTER  # hides what is below
     for index, offset in layout.l2_offsets.items():
         used = False
-        for base in range(0, geo.table_entries, geo.slice_entries):
-            table = tables.read(offset + base * ENTRY, geo.slice_entries)
+        for base in range(0, geo.table_entries, geo.part_entries):
+            table = tables.read(offset + base * ENTRY, geo.part_entries)
             if zeros:
                 for i, entry in enumerate(table):
                     if entry > ZERO_CLUSTER and _is_zero(metadata, entry):

@@ -27,9 +27,10 @@ DEFAULT_TABLE_SIZE = 4  # clusters
 # NBD, and the operating system, count bytes in a signed 64-bit number.
 MAX_DEVICE_SIZE = 2**63 - SECTOR  # bytes
 
-# L2 tables are cached in slices of at most this many bytes.  Every table at cluster sizes up to 64 KiB is one
-# slice; the 1 GiB tables of the largest geometries must not be read whole for one lookup.
-MAX_SLICE_SIZE = 1 * MiB
+# L2 tables are cached in slices of at most this many bytes, so that a lookup that misses costs little.
+MAX_SLICE_SIZE = 16 * KiB
+# Whoever looks through whole tables reads at most this much at once: there are tables of 1 GiB.
+MAX_PART_SIZE = 1 * MiB
 
 UNALLOCATED = 0  # table entry: nothing here
 ZERO_CLUSTER = 1  # L2 entry: reads as zeros
@@ -80,6 +81,8 @@ class Geometry:
         self.slice_mask = self.slice_entries - 1
         self.slice_shift = self.l2_shift + self.slice_entries.bit_length() - 1
         self.slices_per_table = self.table_entries // self.slice_entries
+        self.part_entries = min(self.table_bytes, MAX_PART_SIZE) // ENTRY
+        self.part_bytes = self.part_entries * ENTRY
 
     def clusters(self, length: int) -> int:
         """Clusters that `length` bytes need, counted from a cluster's start."""

@@ -16,7 +16,7 @@ from .cluster_use import DATA, ClusterUse
 from .errors import StorageError
 from .geometry import ENTRY, ZERO_CLUSTER, Bounds, Geometry
 from .storage import Storage
-from .table import SMALL, Table, empty, length_of, next_data, table_slices
+from .table import SMALL, Table, empty, length_of, next_data, table_parts
 
 # Of small L2 tables that numpy gets at once: each call must take longer than it takes to hand over the interpreter,
 # and what a thread works on must stay in its processor's cache.
@@ -24,7 +24,7 @@ _BATCH_ENTRIES = 1 << 17
 
 
 class Vectors:
-    """Claims a slice of sound entries at once, or leaves it alone.  For one thread.
+    """Claims a part of sound entries at once, or leaves it alone.  For one thread.
 
     Two uses of one cluster are not noticed, unless `strict`.  Raises ImportError without numpy.
     """
@@ -36,9 +36,9 @@ class Vectors:
         self._geometry = geometry
         self._start = bounds.start  # bytes
         self._map = numpy.frombuffer(use.map, dtype=numpy.uint8)[: use.mapped]
-        size = max(geometry.slice_entries, _BATCH_ENTRIES)
+        size = max(geometry.part_entries, _BATCH_ENTRIES)
         self._numbers = numpy.empty(size, numpy.uint64)
-        self._jumps = numpy.empty(size, numpy.bool_)
+        self._jumps: Any = numpy.empty(size, numpy.bool_)
         self._strict = strict
 
     def claim(self, table: Table | memoryview, expected: int = 0, tables: int = 1) -> tuple[int, int, int] | None:
@@ -107,7 +107,7 @@ class _Half:
         entries = self._geometry.table_entries
         batch = max(1, _BATCH_ENTRIES // entries)  # tables
         buffer = empty(min(batch * entries, _BATCH_ENTRIES))
-        look = self._look_at_tables if entries <= _BATCH_ENTRIES else self._look_at_slices
+        look = self._look_at_tables if entries <= _BATCH_ENTRIES else self._look_at_parts
         done = 0
         try:
             for part in cycle((0, 1)):
@@ -122,11 +122,11 @@ class _Half:
             return  # the scan will meet it, too, and says what it is
         self.sound = True
 
-    def _look_at_slices(self, tables: list[tuple[int, int]], buffer: Table) -> bool:
+    def _look_at_parts(self, tables: list[tuple[int, int]], buffer: Table) -> bool:
         """Claim what one table refers to; False if an entry is wrong."""
         ((index, offset),) = tables
         geo, pos, expected = self._geometry, index << self._geometry.l1_shift, 0
-        for base, table in table_slices(self._storage, geo, offset, buffer):
+        for base, table in table_parts(self._storage, geo, offset, buffer):
             claimed = self._vectors.claim(table, expected)
             if claimed is None:
                 return False
@@ -135,7 +135,7 @@ class _Half:
         return True
 
     def _look_at_tables(self, tables: list[tuple[int, int]], buffer: Table) -> bool:
-        """The same for several tables of one slice each, `buffer` full at most."""
+        """The same for several tables of one part each, `buffer` full at most."""
         storage, geo = self._storage, self._geometry
         end = 0  # bytes
         indexes = []

@@ -35,7 +35,7 @@ from .header import FEATURE_NEED_CHECK, Header, HeaderUpdater, read_header
 from .image import Metadata
 from .scan import Damage, Scan, ScanResult
 from .storage import Storage
-from .table import TableIO, next_data, table_slices
+from .table import TableIO, next_data, table_parts
 from .trial import Fit, prove, raw_header, shape_of
 
 KEPT = 16  # in ClusterUse.map: of a table that stays where it is
@@ -248,13 +248,13 @@ class Repair:
         return scan
 
     def _note(self, damage: Damage, damaged: set[tuple[int, int, int]]) -> None:
-        """Add (L1 index, offset of the L2 table, first entry of the slice) for a damaged L2 entry."""
+        """Add (L1 index, offset of the L2 table, first entry of the part) for a damaged L2 entry."""
         if damage.table == "L2":
-            base = damage.index - damage.index % self._geometry.slice_entries
+            base = damage.index - damage.index % self._geometry.part_entries
             damaged.add((damage.pos >> self._geometry.l1_shift, damage.table_offset, base))
 
     def _l1_entries(self) -> Iterator[tuple[int, int]]:
-        for base, table in table_slices(self._storage, self._geometry, self._header.header.l1_table_offset):
+        for base, table in table_parts(self._storage, self._geometry, self._header.header.l1_table_offset):
             for index, offset in enumerate(table, base):
                 if offset:
                     yield index, offset
@@ -335,7 +335,7 @@ class Repair:
                 continue
             shape = shape_of(self._storage, geo, self._bounds, offset)
             if shape is not None and shape.is_table and not any(self._table_uses(use, offset)):
-                entries = (entry for _, table in table_slices(self._storage, geo, offset) for entry in table)
+                entries = (entry for _, table in table_parts(self._storage, geo, offset) for entry in table)
                 data = (entry for entry in entries if entry > ZERO_CLUSTER and self._bounds.valid_cluster(entry))
                 if not any(any(use.marks(entry >> geo.l2_shift)) for entry in data):
                     yield offset
@@ -356,7 +356,7 @@ class Repair:
         In doubt it is one: it is then copied elsewhere, and what else is there stays.  An empty table is no loss.
         """
         step, filled, impossible = SECTOR // ENTRY, False, False
-        for _, table in table_slices(self._storage, self._geometry, offset):
+        for _, table in table_parts(self._storage, self._geometry, offset):
             for start in range(0, len(table), step):
                 entries = [entry for entry in table[start : start + step] if entry > ZERO_CLUSTER]
                 wrong = sum(not self._bounds.valid_cluster(entry) for entry in entries)
@@ -373,7 +373,7 @@ class Repair:
             # Data may be there as well, which must not be written to (I1): the table is moved away later.
             if not linked or self._has_data(use, offset):
                 continue
-            table = self._tables.read(offset + base * ENTRY, self._geometry.slice_entries)
+            table = self._tables.read(offset + base * ENTRY, self._geometry.part_entries)
             for i, entry in enumerate(table, base):
                 if entry <= ZERO_CLUSTER or self._bounds.valid_cluster(entry):
                     continue
@@ -441,7 +441,7 @@ class Repair:
         """Copy a table, without entries that cannot be right; where it is (bytes)."""
         geo = self._geometry
         target = self._grow(geo.table_size)
-        for base, table in table_slices(self._storage, geo, source):
+        for base, table in table_parts(self._storage, geo, source):
             for i, entry in enumerate(table):
                 if entry > ZERO_CLUSTER and not self._bounds.valid_cluster(entry):
                     table[i] = UNALLOCATED

@@ -34,7 +34,7 @@ from .geometry import (
 from .header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header, read_header
 from .scan import Scan
 from .storage import Storage
-from .table import TableIO, next_data, table_slices
+from .table import TableIO, next_data, table_parts
 from .trial import CLUSTER_SIZES, TABLE_SIZES, Fit, best_fit, fit, l1_shaped, raw_header, shape_of
 
 GOOD, ZERO, LOST = "good", "zero", "lost"
@@ -233,7 +233,7 @@ class Salvage:
         geo, storage = found.geometry, self._storage
         bounds = Bounds(geo, 1, storage.size())
         if found.l1_offset is not None:
-            for base, l1 in table_slices(storage, geo, found.l1_offset):
+            for base, l1 in table_parts(storage, geo, found.l1_offset):
                 for index, offset in enumerate(l1, base):
                     if not offset or (found.image_size and index << geo.l1_shift >= found.image_size):
                         continue
@@ -273,7 +273,7 @@ class Salvage:
 
     def _data(self, geometry: Geometry, offset: int) -> Iterator[tuple[int, int]]:
         """(index, entry) of the data clusters of the table at `offset`."""
-        for base, table in table_slices(self._storage, geometry, offset):
+        for base, table in table_parts(self._storage, geometry, offset):
             for i, entry in enumerate(table, base):
                 if entry > ZERO_CLUSTER:
                     yield i, entry
@@ -319,7 +319,7 @@ class Salvage:
         bounds = Bounds(geo, 1, length + geo.cluster_size - 1)  # the last cluster may be cut short
         guess = GUESSED if index in found.guessed else ""
         pos = start
-        for base, table in table_slices(self._storage, geo, found.tables[index]):
+        for base, table in table_parts(self._storage, geo, found.tables[index]):
             for i, entry in enumerate(table, base):
                 at = start + (i << geo.l2_shift)
                 if not entry or at >= end:

@@ -4,7 +4,7 @@ Tables are claimed before data, so that a table never loses against a stray data
 read all the same: what they refer to is no leak.
 
     map:  | METADATA | 0 | DATA | DATA ... |     memory: one byte per cluster of the file, in pages touched
-          header, tables ^ leak               only, however large the tables are; they are read in slices
+          header, tables ^ leak               only, however large the tables are; they are read in parts
 
 The map ends at a limit, whatever the size of the file.  Clusters after it are valid, but nobody knows who else uses
 them, and tables there are not read: ScanResult.unmapped counts both.
@@ -13,7 +13,7 @@ Slices that are one run of clusters are dealt with at once, the others in blocks
 of sound entries.  What is left is looked at entry by entry, and all findings come from there.
 
 numpy, if installed and wanted, looks at large images whose clusters are in no order first, in two threads
-(QuickLook): a sound image needs no more.  If anything is wrong, a second scan goes through the slices in order, and
+(QuickLook): a sound image needs no more.  If anything is wrong, a second scan goes through the parts in order, and
 numpy only spares it those with nothing to report.  So the findings are the same without numpy.
 """
 
@@ -32,13 +32,13 @@ from .errors import StorageError, UnsupportedError
 from .geometry import ENTRY, ZERO_CLUSTER, Bounds, Geometry
 from .runs import FollowingRuns
 from .storage import Storage
-from .table import Table, empty, length_of, table_slices
+from .table import Table, empty, length_of, table_parts
 
 if TYPE_CHECKING:
     from .quick_look import Vectors
 
 _NOW_READ = bytes(mark | READ for mark in range(256))
-_BLOCK = 512  # entries: slices are multiples of it
+_BLOCK = 512  # entries: parts are multiples of it
 _VECTOR_ENTRIES = 1 << 18  # L2 entries in no order from which on loading numpy pays
 _SAMPLES = 16  # L2 tables that are looked at to estimate how many there are
 
@@ -184,7 +184,7 @@ class Scan:
         self._map_limit = map_limit
         self._go_on = go_on
         self._vectors: Vectors | None = None
-        self._buffer = empty(geometry.slice_entries)  # for L2 tables
+        self._buffer = empty(geometry.part_entries)  # for L2 tables
         self._expected = 0  # bytes: where the next data cluster would not be fragmented; 0 at a table's start
         self._start()
 
@@ -218,14 +218,14 @@ class Scan:
         return self.result
 
     def _scattered(self) -> float:
-        """Which part of the entries are in blocks that are no runs, by the first slices of some tables."""
+        """Which part of the entries are in blocks that are no runs, by the first parts of some tables."""
         if self.result.corruptions:
             return 0.0
         blocks = scattered = 0
         for _, offset in islice(self.l1_entries(), 0, None, -(-self.result.tables // _SAMPLES)):
-            blocks += self.geometry.slice_entries // _BLOCK
+            blocks += self.geometry.part_entries // _BLOCK
             with suppress(StorageError):  # the scan will meet it, too
-                for _, table in islice(table_slices(self.storage, self.geometry, offset, self._buffer), 1):
+                for _, table in islice(table_parts(self.storage, self.geometry, offset, self._buffer), 1):
                     for at in range(0, len(table), _BLOCK):
                         block = table[at : at + _BLOCK]
                         scattered += block[0] > ZERO_CLUSTER and not self._blocks.may_be_run(block)
@@ -283,7 +283,7 @@ class Scan:
 
     def l1_entries(self) -> Iterator[tuple[int, int]]:
         """(index, entry) of the L1 entries that are not 0."""
-        for base, table in table_slices(self.storage, self.geometry, self._l1_offset):
+        for base, table in table_parts(self.storage, self.geometry, self._l1_offset):
             for i, offset in enumerate(table, base):
                 if offset:
                     yield i, offset
@@ -336,7 +336,7 @@ class Scan:
         geo, result = self.geometry, self.result
         pos = index << geo.l1_shift
         self._expected = 0
-        for base, table in table_slices(self.storage, geo, offset, self._buffer):
+        for base, table in table_parts(self.storage, geo, offset, self._buffer):
             at = pos + (base << geo.l2_shift)
             claimed = None if quiet else self._blocks.claim_run(table, self._expected)
             if claimed is None and self._vectors is not None and not quiet:
@@ -348,12 +348,12 @@ class Scan:
                 mapped = at + (length_of(table) << geo.l2_shift)
                 result.mapped_end = max(result.mapped_end, mapped)
             else:
-                self._read_slice(offset, base, table, at, quiet)
+                self._read_part(offset, base, table, at, quiet)
                 if result.corruptions >= limit:
                     return
 
-    def _read_slice(self, offset: int, base: int, table: Table, pos: int, quiet: bool) -> None:
-        """One block after the other; `pos` is the first guest position of the slice."""
+    def _read_part(self, offset: int, base: int, table: Table, pos: int, quiet: bool) -> None:
+        """One block after the other; `pos` is the first guest position of the part."""
         result, shift = self.result, self.geometry.l2_shift
         for at in range(0, len(table), _BLOCK):
             block = table[at : at + _BLOCK]

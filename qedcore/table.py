@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .geometry import ENTRY, MAX_SLICE_SIZE, SECTOR, Geometry, KiB
+from .geometry import ENTRY, MAX_PART_SIZE, SECTOR, Geometry, KiB
 from .storage import Storage
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ else:
 
 _PER_SECTOR = SECTOR // ENTRY  # entries
 _SWAP = sys.byteorder == "big"
-_BLANK = bytes(MAX_SLICE_SIZE)
+_BLANK = bytes(MAX_PART_SIZE)
 SMALL = 64 * KiB  # bytes: reading this is no slower than asking whether it is a hole
 
 
@@ -83,16 +83,16 @@ def next_data(storage: Storage, offset: int) -> int:
     return offset if ask is None else int(ask(offset))
 
 
-def table_slices(
+def table_parts(
     storage: Storage, geometry: Geometry, offset: int, buffer: Table | None = None
 ) -> Iterator[tuple[int, Table]]:
-    """(index of the first entry, slice) for the slices of the table at `offset` that are not empty.
+    """(index of the first entry, part) for the parts of the table at `offset` that are not empty.
 
-    Each is valid until the next is asked for: they share `buffer`, a slice that the caller may lend.
+    Each is valid until the next is asked for: they share `buffer`, a part that the caller may lend.
     """
     if buffer is None:
-        buffer = empty(geometry.slice_entries)
-    content, size = memoryview(buffer).cast("B"), geometry.slice_bytes
+        buffer = empty(geometry.part_entries)
+    content, size = memoryview(buffer).cast("B"), geometry.part_bytes
     data = offset if geometry.table_bytes <= SMALL else next_data(storage, offset)
     for at in range(offset, offset + geometry.table_bytes, size):
         if data >= at + size:

@@ -30,7 +30,7 @@ from .geometry import (
 from .header import HEADER_BYTES, KNOWN_FEATURES, MAGIC, MAX_BACKING_NAME, Header
 from .scan import Damage, Scan, ScanResult
 from .storage import Storage
-from .table import TableIO, next_data, table_slices
+from .table import TableIO, next_data, table_parts
 
 _CLEARLY = 4  # the best candidate leaves this many times less unexplained than any other
 _IMPOSSIBLE = 8  # one in so many entries of a table may be damaged
@@ -264,7 +264,7 @@ def shape_of(storage: Storage, geometry: Geometry, bounds: Bounds, offset: int) 
         return None
     possible = past_end = wrong = rising = before = 0
     seen: set[int] = set()
-    for _, table in table_slices(storage, geometry, offset):
+    for _, table in table_parts(storage, geometry, offset):
         for entry in table:
             if entry <= ZERO_CLUSTER:
                 continue

@@ -45,7 +45,8 @@ def test_shifts_and_sizes(shape: tuple[int, int]) -> None:
     assert (geo.cluster_mask, geo.l2_table_reach) == (cs - 1, cs * entries)
     # 3 * log2(cs) + 2 * log2(ts) - 6
     assert geo.max_image_size == cs**3 * ts**2 // 64 == entries * entries * cs
-    assert geo.slice_bytes == min(cs * ts, MiB) == geo.slice_entries * 8
+    assert geo.slice_bytes == min(cs * ts, 16 * KiB) == geo.slice_entries * 8
+    assert geo.part_bytes == min(cs * ts, MiB) == geo.part_entries * 8
     assert geo.slices_per_table * geo.slice_bytes == cs * ts
     assert (1 << geo.slice_shift, geo.slice_mask) == (geo.slice_entries * cs, geo.slice_entries - 1)
 
@@ -107,7 +108,7 @@ def test_slice_offset(shape: tuple[int, int]) -> None:
     geo = Geometry(cs, ts)
     entries = cs * ts // 8
     reach = cs * entries
-    per_slice = min(cs * ts, MiB) // 8
+    per_slice = min(cs * ts, 16 * KiB) // 8
     for edge in (0, cs, per_slice * cs, 3 * per_slice * cs, reach, 2 * reach, 5 * reach + per_slice * cs):
         for pos in (edge - 1, edge, edge + 1):
             if pos >= 0:
