@@ -11,9 +11,7 @@ import errno
 import os
 import stat
 import sys
-import syslog
-import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -60,6 +58,8 @@ def log(line: str) -> None:
     line = printable(line)
     with suppress(OSError, ValueError):  # nobody listens: no reason to fail a request
         if stat.S_ISCHR(os.fstat(2).st_mode) and os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev:
+            import syslog
+
             syslog.syslog(line)
         else:
             print(f"qed: {line}", file=sys.stderr, flush=True)
@@ -75,25 +75,49 @@ exports: Exports  # made by config_complete()
 crowd = Crowd(this_thread)
 
 
-_format_traceback = traceback.format_exception
+_original: dict[str, Callable[..., list[str]]] = {}  # "format_exception"
+
+
+def tell_in_one_line() -> None:
+    """Have nbdkit log expected errors as one line.
+
+    At the first error, because the server starts faster without the module that nbdkit then uses.
+    """
+    import traceback
+
+    _original.setdefault("format_exception", traceback.format_exception)
+    traceback.format_exception = _format_exception
 
 
 def _format_exception(*args: Any, **kwargs: Any) -> list[str]:
-    """What nbdkit logs of an exception: expected errors are one line, a traceback is for bugs."""
+    """A traceback is for bugs."""
+    from traceback import clear_frames
+
     error = args[1] if len(args) > 1 else args[0]
     if not isinstance(error, QEDError):
-        lines = _format_traceback(*args, **kwargs)
+        lines = _original["format_exception"](*args, **kwargs)
         return [line.encode("utf-8", "backslashreplace").decode() for line in lines]
     # nbdkit 1.32 never frees the exception: at least do not keep the request's buffers with it.
-    traceback.clear_frames(args[2] if len(args) > 2 else None)
+    clear_frames(args[2] if len(args) > 2 else None)
     return [printable(str(error))]
 
 
-traceback.format_exception = _format_exception
+def one_line_errors(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """For callbacks whose errors are no client's."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return callback(*args)
+        except BaseException:
+            tell_in_one_line()
+            raise
+
+    return call
 
 
 def fail(error: BaseException) -> NoReturn:
     """Answer the request with the error's errno."""
+    tell_in_one_line()
     code = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
     if isinstance(error, StorageError) and code == errno.EINVAL:
         code = errno.EIO  # not the client's fault
@@ -101,6 +125,7 @@ def fail(error: BaseException) -> NoReturn:
     raise error
 
 
+@one_line_errors
 def config(key: str, value: str) -> None:
     if key in ("file", "dir", "backing_file"):
         value = os.fsdecode(value.encode())  # nbdkit takes it for UTF-8, whatever this system's locale
@@ -109,6 +134,7 @@ def config(key: str, value: str) -> None:
     parameters.take(key, value)
 
 
+@one_line_errors
 def config_complete() -> None:
     global exports
     parameters.complete()
@@ -116,6 +142,7 @@ def config_complete() -> None:
     exports = make_exports(parameters)
 
 
+@one_line_errors
 def get_ready() -> None:
     exports.prepare()
 
@@ -124,6 +151,7 @@ def after_fork() -> None:
     threads.enable()
 
 
+@one_line_errors
 def cleanup() -> None:
     try:
         exports.close_all()
@@ -139,10 +167,12 @@ def thread_model() -> int:
     return nbdkit.THREAD_MODEL_PARALLEL
 
 
+@one_line_errors
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
     return exports.names()
 
 
+@one_line_errors
 def default_export(readonly: bool, is_tls: bool) -> str:
     return exports.default()
 
@@ -161,6 +191,7 @@ def export_name() -> str:
         return error.object.decode(errors="surrogateescape")  # no name of ours
 
 
+@one_line_errors
 def close(h: SharedImage) -> None:
     exports.close(h)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from .backing import BackingPolicy
 from .chain import open_image
@@ -24,8 +23,7 @@ _BOOLEANS = dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True)
 _BOOLEANS.update(dict.fromkeys(("0", "false", "f", "no", "n", "off"), False))
 
 
-@dataclass(frozen=True)
-class NewImage:
+class NewImage(NamedTuple):
     """What create=true is to make."""
 
     size: int | None  # bytes; None: that of the backing file
