@@ -18,11 +18,10 @@ from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from .l2_cache import L2Cache
 from .locks import KeyedLocks, Rank, ranked_lock
 from .past_end import PastEnd
-from .runs import Runs
+from .runs import Runs, ends_of_kinds, kinds
 from .table import Table, TableIO, empty
 
 _SHORT = 32  # entries of a run that are compared one by one, before Runs pays
-_STRETCH = 1024  # entries that are looked at one by one where runs are short
 _FEW = 8  # runs of a slice that are remembered
 _MAX_KNOWN = 8192  # slices whose runs are remembered: a megabyte or two
 
@@ -38,6 +37,7 @@ class Kind(enum.IntEnum):
 
 # In module scope: an enum member as a class attribute costs a look-up in hot code.
 FOUND, ZERO, NO_CLUSTER, NO_TABLE = Kind.FOUND, Kind.ZERO, Kind.L2, Kind.L1
+_KINDS = (NO_CLUSTER, ZERO, FOUND)  # by their names in runs.kinds()
 
 
 class ClusterMap:
@@ -174,20 +174,19 @@ class ClusterMap:
         index = ((pos + n) >> geo.l2_shift) & geo.slice_mask
         if n == length or table is None or not index:  # the slice is over
             return [(kind, n)]
-        last = min(index + _STRETCH, geo.slice_entries, index + ((length - n) >> geo.l2_shift))
-        start, end, mask, size = self.bounds.start, self.bounds.end, geo.cluster_mask, geo.cluster_size
+        last = min(geo.slice_entries, index + ((length - n) >> geo.l2_shift))
+        names = kinds(table[index:last], self.bounds) if index < last else b""
+        if names is None:  # the next lookups find out
+            return [(kind, n)]
         found = []
-        for entry in table[index:last]:
-            if entry > ZERO_CLUSTER:
-                if entry & mask or not start <= entry < end:
-                    break  # the next lookup reports it
-                now = FOUND
-            else:
-                now = ZERO if entry else NO_CLUSTER
+        start = 0
+        for end in ends_of_kinds(names):
+            now = _KINDS[names[start]]
             if now is not kind:
                 found.append((kind, n))
                 kind, n = now, 0
-            n += size
+            n += (end - start) << geo.l2_shift
+            start = end
         found.append((kind, n))
         return found
 

@@ -12,11 +12,12 @@ Immutable, so threads share it without a lock.
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import cached_property
 from typing import Callable
 
-from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER
+from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds
 from .table import Table, empty
 
 _MIN_WINDOW_BITS = 11  # of a cluster's number in its window
@@ -57,6 +58,37 @@ def _difference(want: bytearray, entries: memoryview) -> int:
 def _place(byte: int) -> int:
     """Where in an entry in memory its byte of value 256 ** byte is."""
     return byte if sys.byteorder == "little" else ENTRY - 1 - byte
+
+
+# What kinds() calls the entries.
+K_NOTHING, K_ZERO, K_DATA = b"\0", b"\1", b"\2"
+_SAME_KIND = re.compile(b"\0+|\1+|\2+")
+_DATA_IF_SET = K_NOTHING + K_DATA * 255
+
+
+def kinds(table: Table, bounds: Bounds) -> bytes | None:
+    """What each entry of an L2 table is, a byte each; None if an entry is wrong (Bounds.valid_cluster).
+
+    The bytes of equal place in all entries, a lane, are looked at at once.
+    """
+    mask = bounds.geometry.cluster_mask
+    if max(table) >= bounds.end or bounds.start > mask + 1:
+        return None  # or clusters that are small numbers are wrong: a header area of several clusters is rare
+    content, n = table.tobytes(), len(table)
+    lanes = [int.from_bytes(content[_place(byte) :: ENTRY], "big") for byte in range(ENTRY)]
+    mask &= ~ZERO_CLUSTER
+    for lane in lanes:
+        if mask and lane & int.from_bytes(bytes((mask & 0xFF,)) * n, "big"):
+            return None
+        mask >>= 8
+    used = (lanes[1] | lanes[2] | lanes[3] | lanes[4] | lanes[5] | lanes[6] | lanes[7]).to_bytes(n, "big")
+    found = (int.from_bytes(used.translate(_DATA_IF_SET), "big") | lanes[0]).to_bytes(n, "big")
+    return None if max(found) > K_DATA[0] else found
+
+
+def ends_of_kinds(found: bytes) -> list[int]:
+    """Where the runs in what kinds() has found end."""
+    return [match.end() for match in _SAME_KIND.finditer(found)]
 
 
 class Runs:

@@ -7,8 +7,9 @@ import random
 import pytest
 from support.patterns import KiB, MiB
 
-from qedcore.runs import FollowingRuns, Runs
-from qedcore.table import contiguous, empty
+from qedcore.geometry import Bounds, Geometry
+from qedcore.runs import FollowingRuns, Runs, ends_of_kinds, kinds
+from qedcore.table import Table, contiguous, empty
 
 CLUSTER_SIZES = [4 * KiB << n for n in range(15)]
 LENGTHS = [1, 2, 31, 32, 33, 95, 96, 97, 511, 4096, 4097, 10000]
@@ -47,3 +48,41 @@ def test_equal_entries_end_where_they_end(value: int, rng: random.Random) -> Non
         table[wrong] ^= 1 << rng.randrange(64)
         for start in {0, wrong // 2, wrong}:
             assert runs.end_of_same(table, start, length, value) == wrong
+
+
+def kind_of(entry: int, bounds: Bounds) -> int:
+    """As kinds(), for one entry; -1 if it is wrong."""
+    if entry < 2:
+        return entry
+    return 2 if bounds.valid_cluster(entry) else -1
+
+
+@pytest.mark.parametrize("cluster_size", CLUSTER_SIZES, ids=lambda size: f"{size // KiB}K")
+def test_kinds(cluster_size: int, rng: random.Random) -> None:
+    """Every entry is what it is by itself, and one that is wrong in one bit is never called anything."""
+    geometry = Geometry(cluster_size, 1)
+    for end in (5 << 26, 1 << 40, 1 << 62):
+        bounds = Bounds(geometry, 1, end)
+        for length in LENGTHS:
+            table: Table = empty(length)
+            for i in range(length):
+                table[i] = rng.choice((0, 0, 1, rng.randrange(1, end // cluster_size) * cluster_size))
+            expected = bytes(kind_of(entry, bounds) for entry in table)
+            assert kinds(table, bounds) == expected
+            ends = ends_of_kinds(expected)
+            assert ends[-1] == length
+            for start, stop in zip([0, *ends], ends):
+                assert len(set(expected[start:stop])) == 1
+                assert stop == length or expected[stop] != expected[start]
+            for bit in range(64 if length < 100 else 0):
+                wrong = rng.randrange(length)
+                before = table[wrong]
+                table[wrong] ^= 1 << bit
+                now = [kind_of(entry, bounds) for entry in table]
+                assert kinds(table, bounds) == (None if -1 in now else bytes(now)), f"{table[wrong]:#x}"
+                table[wrong] = before
+
+
+def test_kinds_behind_a_large_header_area() -> None:
+    """Clusters inside it are wrong, and not looked for here."""
+    assert kinds(empty(4), Bounds(Geometry(64 * KiB, 1), 2, MiB)) is None
