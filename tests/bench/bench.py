@@ -332,6 +332,7 @@ def terminated(signum: int, frame: FrameType | None) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # users' Python compiles a module once
     options = parse(argv)
     try:
         if options.report:
