@@ -288,7 +288,7 @@ HAZARDS: dict[Callable[[pytest.MonkeyPatch], None], Case] = {
     entries_stay_in_memory: Case(5),
     publish_before_write: Case(8, threads=6),
     links_race_for_a_sector: Case(11, threads=6),
-    claim_made_without_the_lock: Case(7, threads=6, share=0.2),
+    claim_made_without_the_lock: Case(13, threads=6, share=0.05),
     reuse_before_durable: Case(10),
     reuse_before_hole_is_durable: Case(4),
     used_counts_as_clean: Case(13),
