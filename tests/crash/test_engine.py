@@ -279,7 +279,7 @@ ONE_TABLE: dict[str, Any] = {"layout": dict.fromkeys(range(8), "data")}
 HAZARDS: dict[Callable[[pytest.MonkeyPatch], None], Case] = {
     no_flush_after_need_check: Case(6),
     no_flush_before_clearing: Case(12),
-    clear_under_requests: Case(10, threads=6, mix=(60, 10, 5, 5, 0, 20)),
+    clear_under_requests: Case(7, threads=6, mix=(60, 10, 5, 5, 0, 20)),
     l1_before_l2: Case(6, spec={**OVERLAY, **NO_TABLES}),
     link_before_data: Case(18, spec=OVERLAY),
     link_before_data_when_another_made_the_table: Case(1, spec={**OVERLAY, **NO_TABLES}, threads=6),
