@@ -22,10 +22,16 @@ def main() -> NoReturn:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:
         os._exit(130)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w", errors="ignore"))
     from .cli import main as run
 
     code = run()
-    sys.stderr.flush()
+    try:
+        sys.stderr.flush()
+    except OSError:
+        pass  # nobody can be told
     os._exit(code)  # all is closed and written: the interpreter need not be taken apart
 
 

@@ -169,11 +169,11 @@ class Allocator:
         finally:
             with self._lock:
                 self._looking = False
-                self.reuse = sole
+                self.reuse = self.reuse and sole  # another writer may have been noticed meanwhile
                 # What was unlinked meanwhile was perhaps seen, perhaps not: nobody knows what it was.
                 del self._unlinked[len(unlinked) if sole else 0 :]
                 self.pending = sum(freed.extent.n for freed in self._unlinked)
-        return sole
+        return self.reuse
 
     def _punch(self, extent: Extent) -> bool:
         try:
@@ -299,11 +299,16 @@ class NeedCheckGate:
     def _shut(self, idle: float) -> bool:
         """Let nobody in any more, if nobody is inside and has been for `idle` seconds; _settle() ends it."""
         with self._cond:
-            if not self._open or self._failed or self._clock() - self._last_use < idle:
+            if not self._open or self._clock() - self._last_use < idle:
                 return False
             self._open = False
-            self._changing = not self._inside
-            self._open = not self._changing and self._others is None
+            # In this order: who is inside says without a lock that it has failed, and then leaves (I4).  Not with
+            # "or", which would look at the list twice.
+            self._changing = not self._inside and not self._failed
+            if not self._changing:
+                self._open = True
+                if self._others is not None:  # somebody inside has noticed meanwhile (I5)
+                    self._open = False
             return self._changing
 
     def fail(self) -> None:

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from .. import __version__
@@ -167,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, interrupt)
         if args.debug:
             raise
-        sys.stdout.flush()
+        with suppress(OSError):  # perhaps it is what has failed
+            sys.stdout.flush()
         if isinstance(error, KeyboardInterrupt):
             print(f"{PROGRAM}: {interrupted()}", file=sys.stderr)
             return 128 + signal.SIGINT

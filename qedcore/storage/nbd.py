@@ -139,6 +139,7 @@ class NbdStorage:
         self._can_tell_zeros = bool(handle.can_meta_context("base:allocation"))
         self._commit = GroupCommit(self._sync)
         self._read_only = bool(handle.is_read_only())
+        self._export = link.peer  # now: there may be no link when somebody wants to write
         self._lock: socket.socket | None = None
         if writable:
             try:
@@ -151,10 +152,8 @@ class NbdStorage:
         """It will be written to, too, and by nobody else on this machine.  Raises StorageError and LockedError."""
         if self._read_only:
             raise StorageError(f"cannot open {self.name} for writing: the server has it read-only", code=errno.EROFS)
-        if self._lock is None and locking is not Locking.OFF and self._link is not None:
-            peer = self._link.peer()
-            if peer is not None:
-                self._lock = lock_export(peer, self.name, self._identity)
+        if self._lock is None and locking is not Locking.OFF and self._export is not None:
+            self._lock = lock_export(self._export, self.name, self._identity)
 
     def unlock(self) -> None:
         """It will not be written to after all.  A second call does nothing."""

@@ -92,6 +92,7 @@ class Link:
             self.handle.add_meta_context("base:allocation")
             peer.begin(self.handle)
             self._wait_until_ready(time.monotonic() + seconds)
+            self.peer = self._name_peer()  # the export, named alike by all clients on this machine, if it can be
         except (nbd.Error, OSError) as error:
             self.close()
             raise LinkLost(peer.reason() or text_of(error)) from None
@@ -120,8 +121,7 @@ class Link:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(int(seconds * 1000), 1))
 
-    def peer(self) -> str | None:
-        """The export at the other end, named alike by all clients on this machine; None if it cannot be told."""
+    def _name_peer(self) -> str | None:
         with socket.socket(fileno=os.dup(self.handle.aio_get_fd())) as sock:
             address, export = sock.getpeername(), self.handle.get_export_name()
             if sock.family == socket.AF_UNIX and not os.path.isabs(address):

@@ -13,7 +13,7 @@ from fakes import WAIT, Call, FailAt, Gate, Hook, Job, MemoryStorage, Tap, Waits
 
 from qedcore import alloc
 from qedcore.alloc import GROWTH_STEP, IDLE_SECONDS, Allocator, Extent, NeedCheckGate
-from qedcore.errors import QEDError, StorageError
+from qedcore.errors import ForeignWriterError, QEDError, StorageError
 from qedcore.geometry import Bounds, Geometry
 from qedcore.header import Header, HeaderUpdater
 from qedcore.in_flight import InFlight
@@ -227,6 +227,20 @@ def test_a_damaged_image_reuses_nothing() -> None:
     target.free(extent)
     target.flush()
     assert target.allocate(4).offset > extent.offset and "punch" not in [call.name for call in tap.log]
+
+
+def test_nothing_is_reused_if_another_writer_is_noticed_while_somebody_looks() -> None:
+    tap, target, extent = filled(4)
+
+    def look(unlinked: list[Extent]) -> bool:
+        target.reuse = False
+        return True
+
+    target.sole_users = look
+    target.free(extent)
+    for _ in range(2):
+        target.flush()
+    assert not target.reuse and "punch" not in [call.name for call in tap.log]
 
 
 @pytest.mark.parametrize("sole", [True, False])
@@ -675,6 +689,66 @@ def test_gate_stays_open_for_who_is_coming_in(make: Callable[..., Dirty]) -> Non
         assert cleared == [False] and dirty.on_disk
     assert dirty.take_log() == []
     assert dirty.gate.clear() is True
+
+
+class Leaving(list[None]):
+    """Who is inside a gate; `other` runs just before somebody looks."""
+
+    def __init__(self, other: Callable[[], object]) -> None:
+        self._other = [other]
+
+    def __len__(self) -> int:
+        if self._other:
+            self._other.pop()()
+        return super().__len__()
+
+
+def test_no_clear_if_the_last_one_inside_fails_just_now(make: Callable[..., Dirty]) -> None:
+    dirty = make()
+    begin(dirty)
+
+    def fail() -> None:
+        dirty.gate.fail()
+        dirty.gate.__exit__()
+
+    dirty.gate._inside = Leaving(fail)
+    dirty.gate._inside.append(None)
+    assert dirty.gate.clear() is False
+    assert dirty.on_disk
+
+
+class Noticing(NeedCheckGate):
+    """`other` runs just after somebody has looked whether there are other writers."""
+
+    other: Callable[[], object] | None = None
+    seen: ForeignWriterError | None = None
+
+    @property  # type: ignore[override]
+    def _others(self) -> ForeignWriterError | None:
+        seen, other, self.other = self.seen, self.other, None
+        if other is not None:
+            other()
+        return seen
+
+    @_others.setter
+    def _others(self, seen: ForeignWriterError | None) -> None:
+        self.seen = seen
+
+
+def test_gate_stays_shut_if_another_writer_is_noticed_just_now(make: Callable[..., Dirty]) -> None:
+    dirty = make()
+    gate = Noticing(dirty.tap, dirty.header, dirty.allocator, dirty.clock)
+
+    def notice() -> None:
+        dirty.tap.inner.pwrite(dirty.header.header._replace(image_size=CS).pack(), 0)
+        with pytest.raises(ForeignWriterError):
+            dirty.allocator.before_growth()
+
+    with gate:
+        gate.other = notice
+        assert gate.clear() is False
+    with pytest.raises(ForeignWriterError), gate:
+        pass
 
 
 def test_failed_body_is_not_in_flight(make: Callable[..., Dirty]) -> None:

@@ -174,6 +174,21 @@ def test_table_size_of_1(tmp_path: Path) -> None:
     qed_ok("info", tmp_path / "x.qed")
 
 
+@pytest.mark.parametrize("name", ["no.qed", "x.qed"])
+@pytest.mark.parametrize(
+    ("output", "failed"), [(">&-", False), ("2>&-", False), (">&- 2>&-", False), (">/dev/full", True)]
+)
+def test_output_that_goes_nowhere(image: Image, tmp_path: Path, name: str, output: str, failed: bool) -> None:
+    """What was closed is not missed; what cannot be written is an error in one line."""
+    image("x.qed")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    argv = ["sh", "-c", f'"$@" {output}', "sh", sys.executable, "-m", "qedcore", "info", name]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    failed = failed or name == "no.qed"
+    assert done.returncode == failed
+    assert done.stderr.count("\n") == (failed and "2>" not in output)
+
+
 def test_closed_output(image: Image) -> None:
     """A reader that goes away is no traceback."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

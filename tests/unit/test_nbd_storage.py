@@ -484,6 +484,19 @@ def test_one_writer_and_one_connection(server: FakeServer) -> None:
     open_uri(server.uri, True).close()
 
 
+def test_one_writer_also_while_the_server_is_away(server: FakeServer) -> None:
+    reader = open_uri(server.uri, False)
+    server.crash()
+    reader._patience = 0.0
+    with pytest.raises(UnreachableError):
+        read(reader, 0, 1)
+    reader.allow_writing(Locking.AUTO)
+    server.start()
+    with pytest.raises(LockedError):
+        open_uri(server.uri, True)
+    reader.close()
+
+
 def test_server_that_takes_no_more_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a one accepts the connection and says nothing: one clear line, and not only after half a minute."""
     import_nbd()
