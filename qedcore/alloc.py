@@ -96,7 +96,7 @@ class Allocator:
             return Extent(cluster << self._geometry.l2_shift, n, state == CLEAN)
 
     def allocate_table(self) -> Extent:
-        """A place for an L2 table.  Raises StorageError."""
+        """A place for an L2 table, fresh.  Raises StorageError."""
         with self._lock:
             return self._append(self._geometry.table_size)
 

@@ -267,23 +267,16 @@ class ClusterMap:
         table[index : index + len(entries)] = entries
         self._known = {}  # after the change (I5)
 
-    def write_new_table(self, pos: int, entries: Table, offset: int, fresh: bool) -> Table:
+    def write_new_table(self, pos: int, entries: Table, offset: int) -> Table:
         """Write a new L2 table at file offset `offset`, with `entries` for the clusters from pos on.
 
-        Nothing points at it yet.  Returns its slice for link_table.  Table lock held.
+        It reads as zeros so far, and nothing points at it.  Returns its slice for link_table.  Table lock held.
         """
         geo = self.geometry
         table = empty(geo.slice_entries)
         index = (pos >> geo.l2_shift) & geo.slice_mask
-        at = offset + geo.slice_offset(pos)
-        if fresh:  # the rest of the table reads as zeros already
-            self.tables.write(at, table, index, entries)
-            table[index : index + len(entries)] = entries
-            return table
+        self.tables.write(offset + geo.slice_offset(pos), table, index, entries)
         table[index : index + len(entries)] = entries
-        for part in range(offset, offset + geo.table_bytes, geo.slice_bytes):
-            content = table if part == at else empty(geo.slice_entries)
-            self.tables.write_all(part, content)
         return table
 
     def link_table(self, pos: int, table: Table, offset: int) -> None:

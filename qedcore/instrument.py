@@ -174,11 +174,11 @@ class TracedClusterMap(_Probed, ClusterMap):
         probe.trace("qed_find_l2_cache_entry", id(self.cache), id(entry), offset, entry.ref)
         entry.ref += 1
 
-    def write_new_table(self, pos: int, entries: Table, offset: int, fresh: bool) -> Table:
+    def write_new_table(self, pos: int, entries: Table, offset: int) -> Table:
         """One event for the whole table, as in QEMU, whichever parts of it are really written."""
         entry = self.cache.allocate(pos >> self.geometry.slice_shift)
         with self._writing("l2_update", offset, id(entry), 0, self.geometry.table_entries, flush=1):
-            return super().write_new_table(pos, entries, offset, fresh)
+            return super().write_new_table(pos, entries, offset)
 
     def link_table(self, pos: int, table: Table, offset: int) -> None:
         super().link_table(pos, table, offset)

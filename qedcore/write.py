@@ -225,7 +225,7 @@ class WritableRequests(Requests):
         new = None
         try:
             new = self._allocator.allocate_table()
-            table = clusters.write_new_table(pos, entries, new.offset, new.fresh)
+            table = clusters.write_new_table(pos, entries, new.offset)
             # The table, and its data, before the L1 entry: a crash may lose all of it, not leave garbage linked.
             self._storage.flush()
         except BaseException:

@@ -380,8 +380,10 @@ class NbdStorage:
             found.clear()
         if not found:
             return True, length
-        n, flags = found
-        return not flags & self._nbd.STATE_ZERO, min(n - (offset - start), length)
+        n, flags = found[0] - (offset - start), found[1]
+        if n <= 0:  # a server that tells less than a block
+            return True, length
+        return not flags & self._nbd.STATE_ZERO, min(n, length)
 
     def _blocks(self, offset: int, length: int) -> tuple[int, int]:
         """The whole blocks around a range: (start, end), bytes."""
