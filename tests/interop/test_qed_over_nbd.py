@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,3 +113,24 @@ def test_refusals_are_one_line(line: str, said: str, image: Image, tmp_path: Pat
     assert found.rc == 1 and found.out == ""
     assert found.err.count("\n") == 1 and found.err.startswith("qed: ") and said in found.err
     assert built.path.read_bytes() == before
+
+
+def test_bench_of_a_raw_export_is_left_to_qemu_img(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If there is one: asked by this program, a fast server looked four times slower than it is."""
+    stub = tmp_path / "qemu-img"
+    stub.write_text('#!/bin/sh\necho "stub $*"\n')
+    stub.chmod(0o755)
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(MiB))
+    monkeypatch.setitem(ENV, "QED_QEMU_IMG", str(stub))
+    found = remote("bench -f raw -c 10 IMAGE", disk)
+    assert (found.rc, found.err) == (0, "") and found.out.startswith("stub bench -f raw -c 10 nbd+unix:")
+    assert local("create -q -f qed new.qed 1M", disk).rc == 0
+    ours = remote("bench -f qed -c 10 IMAGE", tmp_path / "new.qed")
+    assert ours.rc == 0 and ours.out.startswith("Sending 10 read requests")
+    stub.unlink()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nbdkit").symlink_to(str(shutil.which("nbdkit")))
+    monkeypatch.setitem(ENV, "PATH", str(tmp_path / "bin"))
+    alone = remote("bench -f raw -c 10 IMAGE", disk)
+    assert alone.rc == 0 and alone.out.startswith("Sending 10 read requests")
