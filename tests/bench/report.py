@@ -108,7 +108,8 @@ def readme_part(results: Results, chart: str) -> str:
     """What goes between the two marks.  chart: its path, relative to README."""
     env = results.environment
     machine = f"{env['cpus']} CPUs, {env['memory']}, {env['file system']}"
-    versions = f"QEMU {env['qemu']}, nbdkit {env['nbdkit']}, Linux {env['kernel']}"
+    linux = str(env["kernel"]).partition("-")[0]
+    versions = f"QEMU {env['qemu']}, nbdkit {env['nbdkit']}, Linux {linux}"
     text = f"Ratios of medians, measured on {env['date']} with {versions} ({machine}); above 1 favours this plugin."
     measured = {s.contender for s in results.samples}
     best = " and ".join(f"`{name}`" for name in qemu_options(measured))
