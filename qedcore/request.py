@@ -35,32 +35,34 @@ class Source(Protocol):
         ...
 
 
-def find_data(layer: Source | None, pos: int, length: int) -> tuple[Storage | None, int, int]:
-    """Where the bytes at pos are, from `layer` down: (storage, offset in it, bytes), or (None, 0, bytes) for zeros.
+def find_layer(layer: Source | None, pos: int, length: int) -> tuple[Source | None, int, int]:
+    """Who has the bytes at pos, from `layer` down: (layer, offset in its storage, bytes); (None, 0, bytes) for zeros.
 
     A loop, not a recursion: a chain may be longer than Python's stack.
     """
     while layer is not None and pos < layer.size:
         kind, offset, length = layer.lookup(pos, min(length, layer.size - pos))
         if kind is FOUND:
-            return layer.storage, offset, length
+            return layer, offset, length
         if kind is ZERO:
             break
         layer = layer.backing
     return None, 0, length
 
 
+def find_data(layer: Source | None, pos: int, length: int) -> tuple[Storage | None, int, int]:
+    """Where the bytes at pos are: (storage, offset in it, bytes), or (None, 0, bytes) for zeros."""
+    found, offset, length = find_layer(layer, pos, length)
+    return None if found is None else found.storage, offset, length
+
+
 def find_zeros(layer: Source | None, pos: int, length: int) -> tuple[Kind, int]:
-    """(FOUND or ZERO, bytes) of the run at pos, as find_data, but holes of plain files are zeros, too."""
-    while layer is not None and pos < layer.size:
-        kind, _, length = layer.lookup(pos, min(length, layer.size - pos))
-        if kind is FOUND:
-            has_data, length = layer.data_run(pos, length)
-            return FOUND if has_data else ZERO, length
-        if kind is ZERO:
-            break
-        layer = layer.backing
-    return ZERO, length
+    """(FOUND or ZERO, bytes) of the run at pos; holes of plain files are zeros, too."""
+    found, _, length = find_layer(layer, pos, length)
+    if found is None:
+        return ZERO, length
+    has_data, length = found.data_run(pos, length)
+    return FOUND if has_data else ZERO, length
 
 
 def read_chain(layer: Source | None, view: memoryview, pos: int) -> None:
