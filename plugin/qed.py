@@ -13,6 +13,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import accumulate, cycle
 from typing import Any, NoReturn
 
 import nbdkit
@@ -35,6 +36,7 @@ from qedcore.thread_state import ThreadStates  # noqa: E402
 
 API_VERSION = 2
 FLAG_FUA = nbdkit.FLAG_FUA
+DATA, HOLE = 0, nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
 
 # What NBD can say; nbdkit would turn any other errno into EINVAL, which blames the client.
 _CLIENT_ERRNOS = frozenset(
@@ -298,12 +300,9 @@ def cache(h: SharedImage, length: int, pos: int, flags: int) -> None:
 
 def extents(h: SharedImage, length: int, pos: int, flags: int) -> Iterable[tuple[int, int, int]]:
     this_thread.kept
-    hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
-    found = []
     try:
-        for n, kind in h.image.extents(pos, length, bool(flags & nbdkit.FLAG_REQ_ONE)):
-            found.append((pos, n, hole if kind is ZERO else 0))
-            pos += n
+        first, sizes = h.image.extents(pos, length, bool(flags & nbdkit.FLAG_REQ_ONE))
     except BaseException as error:
         fail(error)
-    return found
+    # There may be many: no step of Python for each.
+    return zip(accumulate(sizes, initial=pos), sizes, cycle((HOLE, DATA) if first is ZERO else (DATA, HOLE)))

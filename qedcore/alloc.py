@@ -73,6 +73,8 @@ class Allocator:
         # is reused; None: it is so.
         self.sole_users: Callable[[list[Extent]], bool] | None = None
         self._looking = False  # sole_users is running
+        self._look: Callable[[list[Extent]], bool] = lambda unlinked: False  # what it was
+        self._missed: list[Freed] = []  # unlinked while it was running
         self.before_growth: Callable[[], None] = lambda: None  # raises StorageError if the file must not grow
 
     def allocate(self, n: int) -> Extent:
@@ -161,7 +163,7 @@ class Allocator:
             look, self.sole_users = self.sole_users, None
             if look is None:
                 return self.reuse and not self._looking
-            self._looking = True
+            self._looking, self._look = True, look
             unlinked = [freed.extent for freed in self._unlinked]
         sole = False
         try:
@@ -170,10 +172,19 @@ class Allocator:
             with self._lock:
                 self._looking = False
                 self.reuse = self.reuse and sole  # another writer may have been noticed meanwhile
-                # What was unlinked meanwhile was perhaps seen, perhaps not: nobody knows what it was.
+                # What was unlinked meanwhile was perhaps seen, perhaps not: nobody knows what it was (recall).
+                self._missed = self._unlinked[len(unlinked) :] if sole else []
                 del self._unlinked[len(unlinked) if sole else 0 :]
                 self.pending = sum(freed.extent.n for freed in self._unlinked)
         return self.reuse
+
+    def recall(self) -> None:
+        """Nobody unlinks anything now: let the next flush look again, for what was missed."""
+        with self._lock:
+            if self._missed and self.reuse:
+                self._unlinked[:0], self._missed = self._missed, []  # oldest first
+                self.pending = sum(freed.extent.n for freed in self._unlinked)
+                self.sole_users = self._look
 
     def _punch(self, extent: Extent) -> bool:
         try:
@@ -202,6 +213,7 @@ class Allocator:
             self._grown = self.pending = 0
             self._free.clear()
             self._unlinked.clear()
+            self._missed.clear()
 
     def trim_tail(self) -> None:
         """Give the free tail back.  No allocating request may be in flight.  Raises StorageError."""

@@ -11,14 +11,14 @@ I5. What is remembered of slices is dropped after each change of a table; who ha
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 from .errors import CorruptImageError, StorageError
 from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from .l2_cache import L2Cache
 from .locks import KeyedLocks, Rank, ranked_lock
 from .past_end import PastEnd
-from .runs import Runs, ends_of_kinds, kinds
+from .runs import K_NOTHING, K_ZERO, Runs, kinds, runs_of_kinds, runs_of_two
 from .table import Table, TableIO, empty
 
 _SHORT = 32  # entries of a run that are compared one by one, before Runs pays
@@ -123,17 +123,47 @@ class ClusterMap:
                 last = self._runs.end_of_same(table, index + _SHORT, last, first)
         return kind, 0, min(length, ((last - index) << geo.l2_shift) - into)
 
-    def kinds(self, pos: int, length: int) -> Sequence[tuple[Kind, int]]:
-        """(kind, bytes) of the first runs at pos, one at least, `length` bytes at most.
+    # What is said of the whole of a large image, again and again, is made here: slices of a few runs are known until
+    # anything is linked, and short runs come many at once, without a step of Python for each.
 
-        As lookup, but data need not be contiguous, and a gap may be over many tables.  What is said of the whole of a
-        large image, again and again, is made here: slices of a few runs are known until anything is linked, and
-        short runs come many at once.
-        """
+    def kinds(self, pos: int, length: int) -> Iterator[tuple[Kind, int]]:
+        """(kind, bytes) of the runs of a range: as lookup, but data need not be contiguous, and kinds may repeat."""
+        end = pos + length
+        while pos < end:
+            run = self._long_run(pos, end - pos)
+            if run is not None:
+                pos += run[1]
+                yield run
+                continue
+            kind, n, names = self._short_runs(pos, end - pos)
+            pos += n + (len(names) << self.geometry.l2_shift)
+            yield kind, n
+            for same in runs_of_kinds(names):
+                yield _KINDS[same[0]], len(same) << self.geometry.l2_shift
+
+    def data_and_zeros(self, pos: int, length: int) -> Iterator[tuple[Kind, list[int]]]:
+        """The same where nothing is below: (FOUND or ZERO, bytes of runs, alternately of that kind and the other)."""
+        end = pos + length
+        while pos < end:
+            run = self._long_run(pos, end - pos)
+            if run is not None:
+                pos += run[1]
+                yield FOUND if run[0] is FOUND else ZERO, [run[1]]
+                continue
+            kind, n, names = self._short_runs(pos, end - pos)
+            pos += n + (len(names) << self.geometry.l2_shift)
+            yield FOUND if kind is FOUND else ZERO, [n]
+            if names:
+                names = names.replace(K_NOTHING, K_ZERO)
+                sizes = map(self.geometry.cluster_size.__mul__, map(len, runs_of_two(names)))
+                yield _KINDS[names[0]], list(sizes)
+
+    def _long_run(self, pos: int, length: int) -> tuple[Kind, int] | None:
+        """The run at pos, in a gap or a slice of a few runs; None where runs are short."""
         geo = self.geometry
         l1_index = pos >> geo.l1_shift
         if not self.l1[l1_index] and not self._doubtful_l1:
-            return ((NO_TABLE, self._gap(pos, length, l1_index)),)
+            return NO_TABLE, self._gap(pos, length, l1_index)
         known = self._known  # before the look at the tables: what is linked meanwhile makes a new one
         slice_index = pos >> geo.slice_shift
         runs = known.get(slice_index)
@@ -143,8 +173,8 @@ class ClusterMap:
                 known[slice_index] = runs
         for kind, end in runs:
             if pos < end:
-                return ((kind, min(length, end - pos)),)
-        return self._short_runs(pos, length)
+                return kind, min(length, end - pos)
+        return None
 
     def _few_runs(self, start: int) -> tuple[tuple[Kind, int], ...]:
         """(kind, guest position of the end) of the runs of the slice that maps `start` on; none if there are many.
@@ -166,29 +196,16 @@ class ClusterMap:
             return ()
         return tuple(runs)
 
-    def _short_runs(self, pos: int, length: int) -> list[tuple[Kind, int]]:
-        """As kinds, where runs are short."""
+    def _short_runs(self, pos: int, length: int) -> tuple[Kind, int, bytes]:
+        """(kind, bytes) of the first run at pos, and what runs.kinds() calls the whole clusters after it."""
         geo = self.geometry
         kind, _, n = self.lookup(pos, length)
         table = self.slice_at(pos)
         index = ((pos + n) >> geo.l2_shift) & geo.slice_mask
-        if n == length or table is None or not index:  # the slice is over
-            return [(kind, n)]
         last = min(geo.slice_entries, index + ((length - n) >> geo.l2_shift))
-        names = kinds(table[index:last], self.bounds) if index < last else b""
-        if names is None:  # the next lookups find out
-            return [(kind, n)]
-        found = []
-        start = 0
-        for end in ends_of_kinds(names):
-            now = _KINDS[names[start]]
-            if now is not kind:
-                found.append((kind, n))
-                kind, n = now, 0
-            n += (end - start) << geo.l2_shift
-            start = end
-        found.append((kind, n))
-        return found
+        if table is None or not index or index >= last:  # not index: the slice is over
+            return kind, n, b""
+        return kind, n, kinds(table[index:last], self.bounds) or b""  # the next look-ups find what is wrong
 
     def _gap(self, pos: int, length: int, index: int) -> int:
         """Bytes from pos, where there is no L2 table (L1 index `index`), to the next table; `length` at most."""

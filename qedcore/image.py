@@ -252,11 +252,17 @@ class QEDImage:
         self._check_open()
         if self._gate is None:
             return 0
+        self._allocator.recall()
+        if self._allocator.pending:
+            self._allocator.flush()
         self._gate.clear()
         return 0 if self.header.need_check else self._allocator.free_clusters
 
-    def extents(self, pos: int, length: int, one: bool = False) -> list[tuple[int, Kind]]:
-        """(bytes, FOUND or ZERO) of the runs of a range, through the whole chain; with `one` only the first."""
+    def extents(self, pos: int, length: int, one: bool = False) -> tuple[Kind, list[int]]:
+        """(kind, bytes of each run) of a range, through the whole chain: alternately FOUND and ZERO, from `kind` on.
+
+        With `one` only the first run.
+        """
         return self._requests.extents(pos, length, one)
 
     def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:

@@ -10,6 +10,7 @@ A request is cut into runs of one kind (cluster.lookup).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from .cluster import FOUND, ZERO, ClusterMap, Kind
@@ -164,30 +165,35 @@ class Requests:
         """Read what is below the image."""
         read_chain(self.backing, view, pos)
 
-    def extents(self, pos: int, length: int, one: bool) -> list[tuple[int, Kind]]:
-        """(bytes, FOUND or ZERO) of the runs of a range, through the whole chain; neighbours of a kind are joined."""
+    def extents(self, pos: int, length: int, one: bool) -> tuple[Kind, list[int]]:
+        """(kind, bytes of each run) of a range, through the chain: alternately FOUND and ZERO, from `kind` on."""
         self._check_range(pos, length)
-        found: list[tuple[int, Kind]] = []
-        end, backing = pos + length, self.backing
-        last, size = None, 0  # the run that may go on
-        while pos < end:
-            for kind, n in self._clusters.kinds(pos, end - pos):
-                whole = n
-                if kind is not FOUND and kind is not ZERO:
-                    kind, n = find_zeros(backing, pos, n) if backing is not None else (ZERO, n)
-                if kind is not last:
-                    if last is not None:
-                        found.append((size, last))
-                        if one:
-                            return found
-                    last, size = kind, 0
-                size += n
+        pieces = self._clusters.data_and_zeros if self.backing is None else self._pieces_of_chain
+        first = last = ZERO  # the kind of the first and of the last run
+        sizes: list[int] = []
+        for kind, more in pieces(pos, length):
+            if not sizes:
+                first = kind
+            elif kind is last:
+                more[0] += sizes.pop()
+            sizes += more
+            last = kind if len(more) % 2 else ZERO if kind is FOUND else FOUND
+            if one and len(sizes) > 1:
+                return first, sizes[:1]
+        return first, sizes
+
+    def _pieces_of_chain(self, pos: int, length: int) -> Iterator[tuple[Kind, list[int]]]:
+        """As ClusterMap.data_and_zeros, with what is below."""
+        for kind, n in self._clusters.kinds(pos, length):
+            end = pos + n
+            while pos < end:
+                n = end - pos
+                if kind is FOUND or kind is ZERO:
+                    yield kind, [n]
+                else:
+                    below, n = find_zeros(self.backing, pos, n)
+                    yield below, [n]
                 pos += n
-                if n < whole:
-                    break  # what follows may be of another kind
-        if last is not None:
-            found.append((size, last))
-        return found
 
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:
         raise ReadOnlyError(f"{self._storage.name} was opened read-only")

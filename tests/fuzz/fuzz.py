@@ -509,9 +509,9 @@ def session(rng: random.Random, case: Case, guest: Guest, writable: bool, policy
                     image.pread(length, pos)
                 elif kind == "extents":
                     length = min(length * rng.choice((1, 1, 1000)), max(0, image.size - pos), 4 * GiB - 512)
-                    found = image.extents(pos, length, rng.random() < 0.5) if length else []
-                    if any(n <= 0 for n, _ in found) or sum(n for n, _ in found) > length:
-                        raise Finding(f"F1: extents of {length} bytes at {pos}: {found[:20]}")
+                    _, sizes = image.extents(pos, length, rng.random() < 0.5)
+                    if any(n <= 0 for n in sizes) or sum(sizes) > length or (length and not sizes):
+                        raise Finding(f"F1: extents of {length} bytes at {pos}: {sizes[:20]}")
                 elif kind == "write":
                     data = stamp(rng.randrange(2, 40), pos, length)
                     image.pwrite(data, pos, fua)

@@ -27,7 +27,7 @@ class Flight:
             elif op.kind == "flush":
                 self.client.aio_flush(completion=done)
             else:
-                buffer = self.nbd.Buffer.from_bytearray(bytearray(op.data))
+                buffer = bytearray(op.data)  # libnbd 1.14 never frees an nbd.Buffer
                 self._buffers.append(buffer)  # must live until the request completes
                 self.client.aio_pwrite(buffer, op.pos, completion=done)
 

@@ -224,6 +224,7 @@ class Nbdkit:
         if self._pidfd < 0:
             return self.exit_code
         if not exited(self._pidfd, TIMEOUT):
+            self.show_stacks()
             self.send_signal(signal.SIGKILL)
             raise AssertionError(f"server did not exit within {TIMEOUT} s\n{self.log()}")
         if self._process is not None and not self.daemon:

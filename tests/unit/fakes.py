@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,3 +234,10 @@ class Waits:
 
 def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def extents(img: qedcore.QEDImage, pos: int, length: int, one: bool = False) -> list[tuple[int, str]]:
+    """(bytes, "FOUND" or "ZERO") of the runs of a range."""
+    first, sizes = img.extents(pos, length, one)
+    names = ("FOUND", "ZERO") if first.name == "FOUND" else ("ZERO", "FOUND")
+    return list(zip(sizes, cycle(names)))

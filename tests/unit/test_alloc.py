@@ -267,6 +267,14 @@ def test_nothing_is_reused_while_somebody_looks_for_other_users(sole: bool) -> N
     assert (target.allocate(9) == Extent(extent.offset, 2, True)) is sole
     assert target.allocate(9).offset > extent.offset + 2 * CS  # what was freed meanwhile
     assert target.pending == 0
+    looks: list[list[Extent]] = []
+    target._look = lambda unlinked: looks.append(unlinked) or True  # type: ignore[func-returns-value]
+    for _ in range(2):  # nobody unlinks anything now: it is looked for once more, and only once
+        target.recall()
+        target.flush()
+        assert looks == [[Extent(extent.offset + 2 * CS, 1, False)]] * sole
+    assert (target.allocate(9) == Extent(extent.offset + 2 * CS, 1, True)) is sole
+    assert target.pending == 0
 
 
 def test_few_freed_clusters_wait(small_step: int) -> None:

@@ -14,6 +14,7 @@ from support.qed_image import F_NEED_CHECK, ZERO, Built, Geometry, QedFile, asse
 
 import qedcore
 from qedcore import compact as module
+from qedcore.alloc import Extent
 from qedcore.compact import compact, pack, tidy
 from qedcore.errors import CorruptImageError, QEDError, ReadOnlyError, StorageError
 from qedcore.shared import SharedImage
@@ -383,6 +384,32 @@ def test_tidy(image: Image, tmp_path: Path, backing: bool, idle: bool) -> None:
     assert path.stat().st_size == end - 2 * CS
     assert_sound(path)
     assert guest(path) == before[: 50 * CS] + b"y" * CS + before[51 * CS :]
+
+
+@pytest.mark.parametrize("idle", [False, True], ids=["dirty", "clean already"])
+def test_tidy_takes_what_was_freed_during_the_look_for_shared_clusters(image: Image, idle: bool) -> None:
+    path = image(**SMALL, size=100 * CS, layout=dict.fromkeys(range(100), "data")).path
+    end = path.stat().st_size
+    with qedcore.open_image(path) as img:
+        look = img._allocator.sole_users
+        assert look is not None
+
+        def trim_meanwhile(unlinked: list[Extent]) -> bool:
+            found = look(unlinked)
+            if len(unlinked) == 1:
+                img.trim(10 * CS, CS)
+                img.trim(60 * CS, 3 * CS)
+            return found
+
+        img._allocator.sole_users = trim_meanwhile
+        img.trim(3 * CS, CS)
+        img.flush()
+        img.pwrite(b"x" * CS, 3 * CS)  # into the same place: no other hole is left
+        if idle:
+            assert img._gate is not None and img._gate.clear()
+        assert tidy(img) == 0
+    assert path.stat().st_size == end - 4 * CS
+    assert_sound(path)
 
 
 def test_tidy_leaves_much_work(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CHANGES, Call, FailAt, Gate, Hook, Job, Tap, open_tapped
+from fakes import CHANGES, Call, FailAt, Gate, Hook, Job, Tap, extents, open_tapped
 from support.patterns import GiB, KiB, MiB, Model, assert_same, check_model, random_ops, stamp, zeros
 from support.qed_image import Built, Geometry, QedFile, assert_sound, raw_reader
 
@@ -924,7 +924,7 @@ def test_run_ends_with_the_file(image: Image, writable: bool) -> None:
                 with pytest.raises(CorruptImageError, match="L2 entry 3 at .* not a cluster"):
                     request()
         assert img.pread(2 * CS, CS) == bytes(2 * CS)
-        assert [n for n, _ in img.extents(0, 3 * CS)] == [3 * CS]
+        assert extents(img, 0, 3 * CS) == [(3 * CS, "FOUND")]
 
 
 # Extents
@@ -945,12 +945,12 @@ def test_extents(tapped: Tapped, rng: random.Random, backing: int) -> None:
         length = rng.randrange(1, size - pos + 1)
         at = pos
         previous = None
-        for n, found in img.extents(pos, length):
-            assert n > 0 and found.name != previous  # neighbours of one kind are joined
+        for n, found in extents(img, pos, length):
+            assert n > 0 and found != previous  # neighbours of one kind are joined
             for probe in {at, at + n - 1, at + n // 2}:
-                assert found.name == kind(probe), (pos, length, probe)
+                assert found == kind(probe), (pos, length, probe)
             at += n
-            previous = found.name
+            previous = found
         assert at == pos + length
     assert tap.log == []
 
@@ -975,11 +975,11 @@ def test_extents_after_every_change(tapped: Tapped, rng: random.Random, backing:
             pass
         tap.hook = None
         at = 0
-        for n, kind in img.extents(0, img.size):
+        for n, kind in extents(img, 0, img.size):
             for cluster in range(at // CS, (at + n) // CS):
                 here = img.lookup(cluster * CS, CS)[0].name
                 data = here == "FOUND" or (here != "ZERO" and cluster * CS < backing)
-                assert data == (kind.name == "FOUND") or cluster == backing // CS, (turn, cluster)
+                assert data == (kind == "FOUND") or cluster == backing // CS, (turn, cluster)
             at += n
         assert at == img.size
 
@@ -1002,7 +1002,7 @@ def test_extents_beside_a_write(tapped: Tapped, monkeypatch: pytest.MonkeyPatch)
     img.pwrite(b"x", 100 * CS)
     gate.open()
     job.result()
-    assert [(n, kind.name) for n, kind in img.extents(0, GiB)] == [
+    assert extents(img, 0, GiB) == [
         (100 * CS, "ZERO"),
         (CS, "FOUND"),
         (GiB - 101 * CS, "ZERO"),
@@ -1060,8 +1060,8 @@ def test_extents_of_long_runs(image: Image, tmp_path: Path, rng: random.Random, 
                 if want and want[-1][1] is here:
                     n += want.pop()[0]
                 want.append((n, here))
-            assert [(n, kind.name == "FOUND") for n, kind in img.extents(pos, length)] == want, (pos, length)
-            assert [(n, kind.name == "FOUND") for n, kind in img.extents(pos, length, one=True)] == want[:1]
+            assert [(n, kind == "FOUND") for n, kind in extents(img, pos, length)] == want, (pos, length)
+            assert [(n, kind == "FOUND") for n, kind in extents(img, pos, length, one=True)] == want[:1]
             kind, offset, n = img.lookup(pos, length)
             cluster, entry = pos // 4096, guest[pos // 4096]
             last = cluster + 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import groupby
 
 import pytest
 from support.patterns import KiB, MiB
 
 from qedcore.geometry import Bounds, Geometry
-from qedcore.runs import FollowingRuns, Runs, ends_of_kinds, kinds
+from qedcore.runs import K_NOTHING, K_ZERO, FollowingRuns, Runs, kinds, runs_of_kinds, runs_of_two
 from qedcore.table import Table, contiguous, empty
 
 CLUSTER_SIZES = [4 * KiB << n for n in range(15)]
@@ -69,11 +70,9 @@ def test_kinds(cluster_size: int, rng: random.Random) -> None:
                 table[i] = rng.choice((0, 0, 1, rng.randrange(1, end // cluster_size) * cluster_size))
             expected = bytes(kind_of(entry, bounds) for entry in table)
             assert kinds(table, bounds) == expected
-            ends = ends_of_kinds(expected)
-            assert ends[-1] == length
-            for start, stop in zip([0, *ends], ends):
-                assert len(set(expected[start:stop])) == 1
-                assert stop == length or expected[stop] != expected[start]
+            two = expected.replace(K_NOTHING, K_ZERO)
+            for found, runs in ((expected, runs_of_kinds(expected)), (two, runs_of_two(two))):
+                assert runs == [bytes(run) for _, run in groupby(found)]
             for bit in range(64 if length < 100 else 0):
                 wrong = rng.randrange(length)
                 before = table[wrong]
