@@ -6,6 +6,7 @@ check():   each state that a crash may leave: the engine opens and repairs it, a
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from unit.fakes import MemoryStorage
 
 from qedcore import alloc, compact
 from qedcore.chain import open_image
-from qedcore.errors import QEDError
+from qedcore.errors import QEDError, StorageError
 from qedcore.header import FEATURE_NEED_CHECK
 from qedcore.image import DEFAULT_L2_CACHE, QEDImage
 from qedcore.repair import Repair
@@ -173,8 +174,15 @@ class Guest:
     """Random requests of one thread; `tags` are shared by all."""
 
     def __init__(
-        self, setup: Setup, history: History, image: QEDImage, rng: random.Random, tags: Iterator[int]
+        self,
+        setup: Setup,
+        history: History,
+        image: QEDImage,
+        rng: random.Random,
+        tags: Iterator[int],
+        may_fail: bool = False,
     ) -> None:
+        self.may_fail = may_fail
         self._setup = setup
         self._tell = history.tell
         self._model = history.model
@@ -205,33 +213,47 @@ class Guest:
         tag = next(self._tags)
         data = b"".join(stamp(tag, sector) for sector in range(first, first + n))
         fua = self._rng.random() < 0.15
-        write = self._tell("begin", first, data)
-        self._image.pwrite(data, first * SECTOR, fua=fua)
-        self._tell("end_fua" if fua else "end", write)
+        self._change(first, data, True, fua, lambda: self._image.pwrite(data, first * SECTOR, fua=fua))
 
     def _zero(self) -> None:
         first, n = self._clusters() if self._rng.random() < 0.6 else self._range((1, 2, 8, 9, 30))
-        fua = self._rng.random() < 0.15
-        write = self._tell("begin", first, bytes(n * SECTOR))
-        self._image.zero(first * SECTOR, n * SECTOR, fua, may_trim=self._rng.random() < 0.5)
-        self._tell("end_fua" if fua else "end", write)
+        fua, may_trim = self._rng.random() < 0.15, self._rng.random() < 0.5
+        request = lambda: self._image.zero(first * SECTOR, n * SECTOR, fua, may_trim=may_trim)  # noqa: E731
+        self._change(first, bytes(n * SECTOR), True, fua, request)
 
     def _trim(self) -> None:
         """Which of it is freed is the engine's choice; from then on it is what reads back."""
         first, n = self._clusters()
         fua = self._rng.random() < 0.15
-        write = self._tell("begin", first, bytes(n * SECTOR), False)
-        self._image.trim(first * SECTOR, n * SECTOR, fua)
-        self._tell("end_fua" if fua else "end", write)
-        if self._model.alone(write):
+        request = lambda: self._image.trim(first * SECTOR, n * SECTOR, fua)  # noqa: E731
+        write = self._change(first, bytes(n * SECTOR), False, fua, request)
+        if write is not None and self._model.alone(write):
             found = self._image.pread(n * SECTOR, first * SECTOR)
             if self._model.alone(write):
                 self._tell("settle", write, found, fua)
 
+    def _change(self, first: int, data: bytes, certain: bool, fua: bool, request: Callable[[], None]) -> int | None:
+        """The number of the write that `request` makes; None if it failed."""
+        write: int = self._tell("begin", first, data, certain)
+        try:
+            request()
+        except StorageError:
+            if not self.may_fail:
+                raise
+            self._tell("fail", write)
+            return None
+        self._tell("end_fua" if fua else "end", write)
+        return write
+
     def _flush(self) -> None:
         began = self._tell("begin_flush")
-        self._image.flush()
-        self._tell("end_flush", began)
+        try:
+            self._image.flush()
+        except StorageError:
+            if not self.may_fail:
+                raise
+        else:
+            self._tell("end_flush", began)
 
     def _read(self) -> None:
         first, n = self._range((1, 8, 30))
@@ -241,7 +263,11 @@ class Guest:
     def _idle(self) -> None:
         """The timer fires."""
         assert self._image._gate is not None
-        self._image._gate.clear()
+        try:
+            self._image._gate.clear()
+        except StorageError:
+            if not self.may_fail:
+                raise
 
 
 def record(
@@ -252,33 +278,54 @@ def record(
     phases: int = 2,
     share: float = 0.0,
     mix: Sequence[int] = MIX,
+    errors: float = 0.0,
 ) -> History:
     """Run guests, `requests` of each thread in each phase, with maintenance between.  Raises Violation.
 
-    `share` is the Scheduler's.
+    `share` is the Scheduler's.  `errors` is the share of the changes and flushes of the file that fail while guests
+    run or the image is closed: half of them have been done all the same.
     """
     history = History(setup)
     world = history.world
     scheduler = Scheduler(rng, share)
     world.pause = scheduler.pause
     tags = iter(range(1, 1 << 32))
+    armed = False
+
+    def fail(number: int) -> None:
+        if armed and rng.random() < errors / 2:
+            raise StorageError("injected", code=rng.choice((errno.EIO, errno.ENOSPC)))
+
+    if errors:
+        world.before = world.after = fail
 
     def reopened() -> QEDImage:
         storage = CommittedFlushes(world.open(IMAGE, True, CacheMode()))
         return setup.open(storage, l2_cache=rng.choice((0, DEFAULT_L2_CACHE)))
 
     def close(image: QEDImage) -> None:
+        nonlocal armed
         began = history.tell("begin_flush")
-        if rng.random() < 0.7:
-            compact.tidy(image)
-        image.close()
-        history.tell("end_flush", began)
+        armed = True
+        try:
+            try:
+                if rng.random() < 0.7:
+                    compact.tidy(image)
+            finally:
+                image.close()
+        except StorageError:
+            if not errors:
+                raise
+        else:
+            history.tell("end_flush", began)
+        armed = False
 
     with small_steps(setup.shape), scheduler.locks():
         image = reopened()
         for phase in range(phases):
             if phase:
-                todo = rng.choice(("nothing", "reopen", "leaks", "all", "compact", "tidy"))
+                # After an error a flush may fail for ever, and with it what is done to the open image.
+                todo = rng.choice(("nothing", "reopen", "leaks", "all", "compact", "tidy")[: 4 if errors else 6])
                 if todo == "compact":
                     compact.compact(image, zeros=rng.random() < 0.5)
                 elif todo == "tidy":
@@ -288,12 +335,17 @@ def record(
                     if todo != "reopen":
                         Repair(world.open(IMAGE, True, CacheMode())).run(everything=todo == "all")
                     image = reopened()
-            guests = [Guest(setup, history, image, rng, tags) for _ in range(threads)]
+            guests = [Guest(setup, history, image, rng, tags, errors > 0) for _ in range(threads)]
+            armed = True
             scheduler.run([lambda guest=guest: guest.run(requests, mix) for guest in guests])  # type: ignore[misc]
+            armed = False
         close(image)
-    setup.scratch.write_bytes(world.files[IMAGE])
+    left = MemoryStorage(world.files[IMAGE])
+    if errors:
+        setup.open(left).close()  # which repairs it, if need be
+    setup.scratch.write_bytes(left.data)
     assert_sound(setup.scratch, leaks=None)
-    _compare(setup.open(MemoryStorage(world.files[IMAGE]), writable=False), history.model.after_kill, "closed")
+    _compare(setup.open(left, writable=False), history.model.after_kill, "closed")
     return history
 
 

@@ -85,6 +85,12 @@ class GuestModel:
         if write.certain:
             self._replace(self.after_kill, write)
 
+    def fail(self, number: int) -> None:
+        """A write ended with an error: it was done in some of its sectors, or in none."""
+        write = self._writes[number]
+        write.ended = self._tick()
+        write.certain = False
+
     def begin_flush(self) -> int:
         return self._tick()
 

@@ -53,13 +53,14 @@ def online(directory: Path, rng: random.Random) -> Result:
     threads, requests, phases = rng.choice((1, 2, 3, 4, 6)), rng.randint(4, 16), rng.choice((1, 2, 3))
     share = rng.choice((0.0, 0.01, 0.1, 0.3))
     mix = rng.choice((MIX, (60, 10, 5, 5, 0, 20), (30, 10, 25, 15, 20, 5)))
+    errors = rng.choice((0.0, 0.0, 0.01, 0.1))
     what = (
         f"{name}, {'' if backing else 'no '}backing file, {phases} phases of {threads} threads with {requests} "
-        f"requests each, switching in {share:.0%} of the places"
+        f"requests each, switching in {share:.0%} of the places, {errors:.0%} of the changes fail"
     )
     try:
         setup = Setup(directory, SHAPES[name], backing, trailing=trailing)
-        history = record(setup, rng, threads, requests, phases, share, mix)
+        history = record(setup, rng, threads, requests, phases, share, mix, errors)
         return check(setup, history, rng, limit=4 * LIMITS.get(name, _LIMIT // 4)), what, ""
     except (AssertionError, QEDError) as error:
         return 0, what, str(error) or repr(error)

@@ -24,7 +24,7 @@ from qedcore.alloc import Allocator, Extent, NeedCheckGate
 from qedcore.claims import Claim, Claims
 from qedcore.cluster import NO_CLUSTER, NO_TABLE, ClusterMap, Kind
 from qedcore.compact import Mover
-from qedcore.errors import QEDError
+from qedcore.errors import QEDError, StorageError
 from qedcore.image import QEDImage
 from qedcore.in_flight import InFlight
 from qedcore.locks import KeyedLocks
@@ -42,6 +42,17 @@ def test_power_loss(tmp_path: Path, shape: str, backing: bool, trailing: bytes, 
     few = LIMITS.get(shape, 1000)
     history = record(setup, rng, requests=8 if few > 100 else 4, share=rng.choice((0.0, 0.02, 0.2)))
     assert check(setup, history, rng, subsets=1, limit=few) > few // 3, "hardly anything was tried"
+
+
+@pytest.mark.parametrize("errors", [0.01, 0.03, 0.1])
+@pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
+@pytest.mark.parametrize("shape", ["4K/1", "4K/4"])
+def test_power_loss_after_errors(tmp_path: Path, shape: str, backing: bool, errors: float, seed: str) -> None:
+    """Changes and flushes of the file fail, done or not, under threads that take turns."""
+    rng = random.Random(seed)
+    setup = Setup(tmp_path, SHAPES[shape], backing)
+    history = record(setup, rng, share=rng.choice((0.0, 0.02, 0.1)), errors=errors)
+    check(setup, history, rng, subsets=1, limit=150, part=0.3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,6 +272,33 @@ def leftovers_not_cut_durably(patch: pytest.MonkeyPatch) -> None:
     deaf(patch, Allocator, "_grow")
 
 
+def clusters_of_a_failed_link_used_again(patch: pytest.MonkeyPatch) -> None:
+    """Their entry may be on disk all the same."""
+    link = WritableRequests._link_data
+
+    def thrifty(requests: WritableRequests, pos: int, extents: list[Extent], must_flush: bool) -> None:
+        try:
+            link(requests, pos, extents, must_flush)
+        except StorageError:
+            requests._release(extents)
+            raise
+
+    patch.setattr(WritableRequests, "_link_data", thrifty)
+
+
+def need_check_not_set_again_after_an_error(patch: pytest.MonkeyPatch) -> None:
+    begin = NeedCheckGate._begin
+
+    def hopeful(gate: NeedCheckGate) -> None:
+        try:
+            begin(gate)
+        except StorageError:
+            gate._settle(dirty=True)
+            raise
+
+    patch.setattr(NeedCheckGate, "_begin", hopeful)
+
+
 class Case(NamedTuple):
     """Where a hazard shows."""
 
@@ -271,6 +309,7 @@ class Case(NamedTuple):
     share: float = 0.0
     mix: Sequence[int] = MIX
     states: int = 1000  # 1: guests see it
+    errors: float = 0.0
 
 
 OVERLAY: dict[str, Any] = {"backing": True}
@@ -298,6 +337,8 @@ HAZARDS: dict[Callable[[pytest.MonkeyPatch], None], Case] = {
     source_free_before_move_is_durable: Case(8, "4K/2"),
     fua_without_flush: Case(4),
     flush_joins_a_running_sync: Case(6),
+    clusters_of_a_failed_link_used_again: Case(6, errors=0.1),
+    need_check_not_set_again_after_an_error: Case(5, errors=0.1),
     leftovers_not_cut_durably: Case(8, spec={"trailing": b"trailing" * 448}),
 }
 
@@ -313,7 +354,8 @@ def caught(hazard: Callable[[pytest.MonkeyPatch], None], setup: Setup, seed: int
         hazard(patch)
         try:
             case = HAZARDS[hazard]
-            history = record(setup, random.Random(seed), case.threads, share=case.share, mix=case.mix)
+            rng = random.Random(seed)
+            history = record(setup, rng, case.threads, share=case.share, mix=case.mix, errors=case.errors)
             check(setup, history, random.Random(seed), subsets=2, limit=case.states)
         except (AssertionError, QEDError) as error:  # QEDError: the engine's own checks failed
             return str(error) or repr(error)

@@ -72,8 +72,8 @@ class State(NamedTuple):
 class World:
     """Some files; `open` is an opener for open_image.
 
-    `before` runs before each op and may raise.  `pause` runs before each call, and while a flush is under way: other
-    threads may go on there.
+    `before` and `after` run around each op and may raise.  `pause` runs before each call, and while a flush is under
+    way: other threads may go on there.
     """
 
     def __init__(self, *paths: Path, files: Files | None = None) -> None:
@@ -81,6 +81,7 @@ class World:
         self.files = {path: bytearray(content) for path, content in self.start.items()}
         self.log: list[Op] = []
         self.before: Callable[[int], None] = lambda number: None
+        self.after: Callable[[int], None] = lambda number: None
         self.pause: Callable[[], None] = lambda: None
 
     def open(self, path: str | os.PathLike[str], writable: bool, mode: CacheMode) -> Storage:
@@ -94,6 +95,7 @@ class World:
             self.pause()
         self.log.append(op)
         op.apply(self.files)
+        self.after(len(self.log) - 1)
 
     def stop_at(self, number: int, error: BaseException, dead: bool = False) -> None:
         """Raise `error` instead of op `number`; if `dead`, instead of every one from there on."""
