@@ -23,7 +23,7 @@ SCRIPT = os.path.realpath(__file__)
 sys.path.insert(0, os.path.dirname(os.path.dirname(SCRIPT)))
 
 from qedcore import __version__  # noqa: E402
-from qedcore.affinity import Crowd  # noqa: E402
+from qedcore.affinity import Crowd, Seat  # noqa: E402
 from qedcore.cluster import ZERO  # noqa: E402
 from qedcore.errors import QEDError, StorageError  # noqa: E402
 from qedcore.exports import Exports, describe, make_exports  # noqa: E402
@@ -179,9 +179,20 @@ def default_export(readonly: bool, is_tls: bool) -> str:
     return exports.default()
 
 
-def open(readonly: bool) -> SharedImage:
+class Connection:
+    """What nbdkit hands to every callback of a connection."""
+
+    __slots__ = ("in_flight", "seat", "shared")
+
+    def __init__(self, shared: SharedImage) -> None:
+        self.shared = shared
+        self.in_flight = shared.in_flight
+        self.seat = Seat()
+
+
+def open(readonly: bool) -> Connection:
     try:
-        return exports.open(export_name(), readonly)
+        return Connection(exports.open(export_name(), readonly))
     except BaseException as error:
         fail(error)
 
@@ -194,84 +205,85 @@ def export_name() -> str:
 
 
 @one_line_errors
-def close(h: SharedImage) -> None:
-    exports.close(h)
+def close(h: Connection) -> None:
+    crowd.leave(h.seat)
+    exports.close(h.shared)
 
 
-def export_description(h: SharedImage) -> str:
-    return describe(h.image.header)
+def export_description(h: Connection) -> str:
+    return describe(h.shared.image.header)
 
 
-def get_size(h: SharedImage) -> int:
-    return h.image.size
+def get_size(h: Connection) -> int:
+    return h.shared.image.size
 
 
-def block_size(h: SharedImage) -> tuple[int, int, int]:
-    return 1, min(h.image.geometry.cluster_size, MAX_PREFERRED), MAX_REQUEST
+def block_size(h: Connection) -> tuple[int, int, int]:
+    return 1, min(h.shared.image.geometry.cluster_size, MAX_PREFERRED), MAX_REQUEST
 
 
-def can_write(h: SharedImage) -> bool:
-    return h.image.writable
+def can_write(h: Connection) -> bool:
+    return h.shared.image.writable
 
 
-def can_flush(h: SharedImage) -> bool:
+def can_flush(h: Connection) -> bool:
     return True
 
 
-def can_fua(h: SharedImage) -> int:
+def can_fua(h: Connection) -> int:
     return nbdkit.FUA_NATIVE
 
 
-def can_multi_conn(h: SharedImage) -> bool:
+def can_multi_conn(h: Connection) -> bool:
     return True
 
 
-def can_zero(h: SharedImage) -> bool:
+def can_zero(h: Connection) -> bool:
     return True
 
 
-def can_fast_zero(h: SharedImage) -> bool:
+def can_fast_zero(h: Connection) -> bool:
     return True
 
 
-def can_trim(h: SharedImage) -> bool:
+def can_trim(h: Connection) -> bool:
     return True
 
 
-def can_extents(h: SharedImage) -> bool:
+def can_extents(h: Connection) -> bool:
     return True
 
 
-def pread(h: SharedImage, buf: memoryview, pos: int, flags: int) -> None:
+def pread(h: Connection, buf: memoryview, pos: int, flags: int) -> None:
     if not this_thread.moved and h.in_flight.now:
-        crowd.meet(len(buf))
+        crowd.meet(len(buf), h.seat)
     try:
-        h.image.pread_into(buf, pos)
+        h.shared.image.pread_into(buf, pos)
     except BaseException as error:
         fail(error)
 
 
-def pwrite(h: SharedImage, buf: memoryview, pos: int, flags: int) -> None:
+def pwrite(h: Connection, buf: memoryview, pos: int, flags: int) -> None:
     if not this_thread.moved and h.in_flight.now:
-        crowd.meet(len(buf))
+        crowd.meet(len(buf), h.seat)
     try:
-        h.image.pwrite(buf, pos, bool(flags & FLAG_FUA))
+        h.shared.image.pwrite(buf, pos, bool(flags & FLAG_FUA))
     except BaseException as error:
         fail(error)
 
 
-def flush(h: SharedImage, flags: int) -> None:
+def flush(h: Connection, flags: int) -> None:
     this_thread.kept
     try:
-        h.image.flush()
+        h.shared.image.flush()
     except BaseException as error:
         fail(error)
 
 
-def zero(h: SharedImage, length: int, pos: int, flags: int) -> None:
+def zero(h: Connection, length: int, pos: int, flags: int) -> None:
     this_thread.kept
     try:
-        h.image.zero(
+        h.shared.image.zero(
             pos,
             length,
             bool(flags & FLAG_FUA),
@@ -282,26 +294,26 @@ def zero(h: SharedImage, length: int, pos: int, flags: int) -> None:
         fail(error)
 
 
-def trim(h: SharedImage, length: int, pos: int, flags: int) -> None:
+def trim(h: Connection, length: int, pos: int, flags: int) -> None:
     this_thread.kept
     try:
-        h.image.trim(pos, length, bool(flags & FLAG_FUA))
+        h.shared.image.trim(pos, length, bool(flags & FLAG_FUA))
     except BaseException as error:
         fail(error)
 
 
-def cache(h: SharedImage, length: int, pos: int, flags: int) -> None:
+def cache(h: Connection, length: int, pos: int, flags: int) -> None:
     this_thread.kept
     try:
-        prefetch(h.image, pos, length)
+        prefetch(h.shared.image, pos, length)
     except BaseException as error:
         fail(error)
 
 
-def extents(h: SharedImage, length: int, pos: int, flags: int) -> Iterable[tuple[int, int, int]]:
+def extents(h: Connection, length: int, pos: int, flags: int) -> Iterable[tuple[int, int, int]]:
     this_thread.kept
     try:
-        first, sizes = h.image.extents(pos, length, bool(flags & nbdkit.FLAG_REQ_ONE))
+        first, sizes = h.shared.image.extents(pos, length, bool(flags & nbdkit.FLAG_REQ_ONE))
     except BaseException as error:
         fail(error)
     # There may be many: no step of Python for each.

@@ -65,6 +65,7 @@ class Allocator:
         self._in_flight = in_flight
         self._lock = ranked_lock(Rank.ALLOCATOR)
         self._grown = 0  # bytes: length of the file since it was first grown; 0 before
+        self._leftovers = False  # were found after the last cluster, and are perhaps not cut off durably
         self._free = FreeMap()
         self._unlinked: list[Freed] = []
         self.pending = 0  # clusters that were unlinked and are not free yet
@@ -112,11 +113,13 @@ class Allocator:
 
     def _grow(self, end: int, wanted: int) -> None:
         self.before_growth()
-        if not self._grown and self._storage.size() > end:
+        if not self._grown and (self._leftovers or self._storage.size() > end):
             # A partial last cluster holds leftovers of an interrupted append: let it read as zeros (I1).
             # Durable before anything is linked there: else the leftovers might come back, as a guest's data.
+            self._leftovers = True
             self._storage.truncate(end)
             self._storage.flush()
+            self._leftovers = False
         try:
             self._storage.truncate(wanted + GROWTH_STEP)
             self._grown = wanted + GROWTH_STEP
@@ -216,15 +219,19 @@ class Allocator:
             self._missed.clear()
 
     def trim_tail(self) -> None:
-        """Give the free tail back.  No allocating request may be in flight.  Raises StorageError."""
+        """Give the free tail back, and flush.  Nobody may allocate meanwhile.  Raises StorageError."""
         with self._lock:
             end = self._free.end_of_used(self._bounds.end >> self._geometry.l2_shift) << self._geometry.l2_shift
-            if not self._grown and end == self._bounds.end:
-                return
-            self._storage.truncate(end)
-            # Only now: what was not cut off is neither fresh nor free.
-            self._bounds.end = self._grown = end
-            self._free.cut(end >> self._geometry.l2_shift)
+            cut = self._grown or end != self._bounds.end
+            if cut:
+                self._grown = end  # before: after an error, too, the file may be as short as that
+                self._storage.truncate(end)
+        self._storage.flush()
+        if cut:
+            with self._lock:
+                # Only now: what was not cut off for good is neither fresh nor free.
+                self._bounds.end = end
+                self._free.cut(end >> self._geometry.l2_shift)
 
 
 def _joined(extents: list[Extent], cluster_size: int) -> list[Extent]:
@@ -356,8 +363,7 @@ class NeedCheckGate:
             self._refuse_others()
             if self._allocator.pending:
                 self._allocator.flush()
-            self._allocator.trim_tail()
-            self._storage.flush()  # everything that the flag stands for, before the flag
+            self._allocator.trim_tail()  # and flush everything that the flag stands for, before the flag
         except BaseException:
             self.fail()
             self._settle(dirty=True)

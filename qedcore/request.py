@@ -15,9 +15,19 @@ from typing import Protocol
 
 from .cluster import FOUND, ZERO, ClusterMap, Kind
 from .errors import ReadOnlyError, RequestError, ShutdownError
-from .geometry import ZERO_CLUSTER
+from .geometry import ZERO_CLUSTER, MiB
 from .in_flight import InFlight
 from .storage import ReadBuffer, Storage, WriteBuffer
+
+ZEROS = bytes(MiB)  # what zeros are copied and written from: making them takes as long as copying
+_ZEROS = memoryview(ZEROS)
+
+
+def fill_zeros(view: memoryview) -> None:
+    while view:
+        n = min(len(view), len(_ZEROS))
+        view[:n] = _ZEROS[:n]
+        view = view[n:]
 
 
 class Source(Protocol):
@@ -71,7 +81,7 @@ def read_chain(layer: Source | None, view: memoryview, pos: int) -> None:
     while view:
         storage, offset, n = find_data(layer, pos, len(view))
         if storage is None:
-            view[:n] = bytes(n)
+            fill_zeros(view[:n])
         else:
             storage.pread_into(view[:n], offset)
         view = view[n:]
@@ -154,7 +164,7 @@ class Requests:
         if kind is FOUND:
             self.read_data(offset, view)
         elif kind is ZERO or self.backing is None:
-            view[:] = bytes(len(view))
+            fill_zeros(view)
         else:
             self.read_backing(view, pos)
 

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from .alloc import Allocator, Extent, NeedCheckGate
 from .claims import Claims
 from .cluster import FOUND, NO_CLUSTER, NO_TABLE, ZERO, ClusterMap, Kind
-from .geometry import UNALLOCATED, ZERO_CLUSTER, MiB
+from .geometry import UNALLOCATED, ZERO_CLUSTER
 from .in_flight import InFlight
-from .request import Requests
+from .request import ZEROS, Requests
 from .storage import ReadBuffer, Storage
 from .table import Table, contiguous
 
-_ZEROS = bytes(MiB)  # what zeros are written from; also the most that is filled in one piece
+_ZEROS = ZEROS  # also the most that is filled in one piece
 
 
 class WritableRequests(Requests):

@@ -445,4 +445,4 @@ def _compare(image: QEDImage, choices: Mapping[int, list[Choice]], name: str) ->
                 if choice == value:
                     break
             else:
-                raise Violation(f"{name}: sector {sector} holds {value[:8].hex()}, which it may not")
+                raise Violation(f"{name}: sector {sector} holds {value.lstrip(bytes(1))[:8].hex()}, which it may not")

@@ -1,4 +1,4 @@
-"""Crowd: who is moved to one CPU, and who is not."""
+"""Crowd: who is moved to which CPU, and who is not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from qedcore.affinity import SMALL, Crowd, current_cpu
+from qedcore.affinity import SMALL, Crowd, Seat, current_cpu
 from qedcore.in_flight import InFlight
 
 
@@ -39,20 +39,21 @@ class Server:
         self.local = Local()
         self.crowd = Crowd(self.local)
         self.in_flight = InFlight()
+        self.seat = Seat()
 
     @contextmanager
-    def request(self, length: int) -> Iterator[None]:
+    def request(self, length: int, seat: Seat | None = None) -> Iterator[None]:
         if not self.local.moved and self.in_flight.now:
-            self.crowd.meet(length)
+            self.crowd.meet(length, seat or self.seat)
         with self.in_flight.request():
             yield
 
-    def in_thread(self, length: int, times: int = 1) -> None:
+    def in_thread(self, length: int, times: int = 1, seat: Seat | None = None) -> None:
         """Requests, one after the other, on another thread."""
 
         def work() -> None:
             for _ in range(times):
-                with self.request(length):
+                with self.request(length, seat):
                     pass
 
         thread = threading.Thread(target=work, name="other")
@@ -80,11 +81,40 @@ def test_who_meets_another_moves_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(moves.seen[0][1]) == 1 and moves.seen[0][1] <= os.sched_getaffinity(0)
 
 
-def test_large_requests_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_requests_of_one_connection_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     moves, server = Moves(monkeypatch), Server()
     with server.request(512):
-        server.in_thread(SMALL + 1)
+        server.in_thread(SMALL + 1, times=3)
     assert moves.seen == []
+
+
+def test_connections_with_large_requests_share_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3})
+    moves, server = Moves(monkeypatch), Server()
+    one, two, three = Seat(), Seat(), Seat()
+
+    def went(*seats: Seat) -> list[set[int]]:
+        del moves.seen[:]
+        with server.request(SMALL + 1):
+            for seat in seats:
+                server.in_thread(SMALL + 1, times=3, seat=seat)
+        return [cpus for _, cpus in moves.seen]
+
+    assert went(one) == []  # alone
+    assert went(two, one, one, two) == [{5}, {3}, {3}, {5}]
+    server.crowd.leave(one)
+    assert went(two) == []  # alone again
+    assert went(three, three) == [{3}, {3}]
+    server.crowd.leave(Seat())  # which never asked for anything
+
+
+def test_small_requests_of_all_connections_go_to_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves, server = Moves(monkeypatch), Server()
+    for length in (SMALL + 1, SMALL):
+        with server.request(512):
+            for seat in (one := Seat(), two := Seat(), one, two):
+                server.in_thread(length, seat=seat)
+    assert len(moves.seen) == 4 + 2 and len({frozenset(cpus) for _, cpus in moves.seen[2:]}) == 1
 
 
 def test_off(monkeypatch: pytest.MonkeyPatch) -> None:

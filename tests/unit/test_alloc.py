@@ -115,14 +115,18 @@ def test_partial_last_cluster_is_kept_until_something_is_allocated() -> None:
     assert storage.data == b"\xee" * (2 * CS + 100)
 
 
-def test_failed_growth_of_a_partial_cluster_is_repeated() -> None:
+@pytest.mark.parametrize(("step", "late"), [("truncate", False), ("truncate", True), ("flush", False)])
+def test_failed_growth_of_a_partial_cluster_is_repeated(step: str, late: bool) -> None:
+    """And what was cut off must be durable, whoever cut it."""
     storage = MemoryStorage(b"\xee" * (2 * CS + 100))
-    tap = Tap(storage, FailAt(1, ["truncate"]))
+    tap = Tap(storage, FailAt(1, [step], late=late))
     target, bounds = allocator(tap)
     with pytest.raises(StorageError):
         target.allocate(1)
     assert bounds.end == 2 * CS
+    del tap.log[:]
     assert target.allocate(1) == Extent(2 * CS, 1, True)
+    assert [call.name for call in tap.log] == ["truncate", "flush", "truncate"]
     assert not any(storage.data[2 * CS : 3 * CS])
 
 
@@ -372,23 +376,28 @@ def test_trim_tail_keeps_what_lies_below_a_used_cluster() -> None:
     assert target.allocate(1) == Extent(below.offset, 1, False)
 
 
-def test_trim_tail_of_an_untouched_file_does_nothing() -> None:
+def test_trim_tail_of_an_untouched_file_only_flushes() -> None:
     tap = Tap(MemoryStorage(bytes(2 * CS + 77)))
     allocator(tap)[0].trim_tail()
-    assert tap.log == []
+    assert tap.log == [Call("flush")]
 
 
-def test_released_clusters_are_not_fresh_after_a_failed_trim() -> None:
-    """They were not cut off, so what was written to them is still there."""
+@pytest.mark.parametrize(("fault", "late"), [("truncate", False), ("truncate", True), ("flush", False)])
+def test_released_clusters_are_not_fresh_after_a_failed_trim(fault: str, late: bool) -> None:
+    """They are not cut off for certain, so what was written to them may come back; nor does the file cover them."""
     storage = MemoryStorage(bytes(2 * CS))
-    target, _ = allocator(Tap(storage, FailAt(2, ["truncate"])))
+    target, _ = allocator(tap := Tap(storage))
     extent = target.allocate(1)
     storage.pwrite(b"\xee" * CS, extent.offset)
     target.release(extent)
+    tap.hook = FailAt(1, [fault], late=late)
     with pytest.raises(StorageError):
         target.trim_tail()
     again = target.allocate(1)
-    assert not again.fresh or not any(storage.data[again.offset : again.offset + CS])
+    assert again.offset != extent.offset or not again.fresh
+    more = target.allocate(2)
+    assert more.offset > extent.offset and storage.size() >= more.offset + 2 * CS
+    assert not any(storage.data[more.offset : more.offset + 2 * CS])
 
 
 def test_random_life(rng: random.Random, small_step: int) -> None:
