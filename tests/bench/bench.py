@@ -47,6 +47,7 @@ from bench.rows import (
     DEFAULT_CONTENDERS,
     FLOOR,
     OURS,
+    PREADV,
     QEMU_IO_URING,
     QEMUS,
     RAW,
@@ -181,7 +182,7 @@ class Bench:
         def sample(measured: Measured, cpu: float, rss: int) -> Sample:
             return Sample(**vars(measured), row=row.name, contender=contender, round=round_, cpu=cpu, rss=rss)
 
-        fmt = "raw" if contender in (RAW, FLOOR) else "qed"
+        fmt = "raw" if contender in (RAW, FLOOR, PREADV) else "qed"
         with self.images.for_run(row, fmt) as image:
             if row.work == "check":
                 return sample(*client.check(image))
@@ -211,7 +212,7 @@ def require_tools(contenders: Sequence[str]) -> None:
     needed = ["fio", "qemu-img"]
     if set(QEMUS) & set(contenders):
         needed.append("qemu-nbd")
-    if {OURS, RAW, FLOOR} & set(contenders):
+    if {OURS, RAW, FLOOR, PREADV} & set(contenders):
         needed.append("nbdkit")
     missing = [tool for tool in needed if shutil.which(tool) is None]
     if missing:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench import ratios
 from bench.results import Results
-from bench.rows import CONTENDERS, FLOOR, OURS, QEMU, QEMUS, GiB, MiB, Row, Sample
+from bench.rows import CONTENDERS, FLOOR, OURS, PREADV, QEMU, QEMUS, GiB, MiB, Row, Sample
 from bench.servers import BenchError
 
 BEGIN = "<!-- bench -->"
@@ -104,6 +104,12 @@ def floors(results: Results) -> str:
     return "; ".join(parts)
 
 
+def shares_of_preadv(results: Results) -> str:
+    """What we reach of a Python plugin that only reads a raw file, where that was measured."""
+    shares = {row.title: ratios.ratio(results.samples, row.name, [PREADV]) for row in results.measured_rows(False)}
+    return "; ".join(f"{title}: {short(share)}" for title, share in shares.items() if share is not None)
+
+
 def readme_part(results: Results, chart: str) -> str:
     """What goes between the two marks.  chart: its path, relative to README."""
     env = results.environment
@@ -121,6 +127,12 @@ def readme_part(results: Results, chart: str) -> str:
         paragraphs.append(
             "What nbdkit and fio can do at all, measured with nbdkit's null plugin in the same run, in thousands of "
             f"requests/s: {limits}."
+        )
+    shares = shares_of_preadv(results)
+    if shares:
+        paragraphs.append(
+            "What we reach of a plugin in Python that calls `os.preadv` on a raw file and does nothing else, in the "
+            f"same run: {shares}."
         )
     if chart:
         paragraphs.append(f"![Ratios and scale]({chart})")

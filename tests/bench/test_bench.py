@@ -22,6 +22,7 @@ from bench.rows import (
     FILLS,
     FLOOR,
     OURS,
+    PREADV,
     QEMU,
     QEMU_IO_URING,
     QEMU_THREADS,
@@ -139,7 +140,7 @@ def made_up(**environment: str) -> Results:
         sample(QEMU, 0, 100, rss=2 * MiB),
         sample(QEMU_IO_URING, 0, 150, rss=MiB),
     ]
-    samples += [sample(RAW, 0, 400, rss=MiB), sample(FLOOR, 0, 900, rss=MiB)]
+    samples += [sample(RAW, 0, 400, rss=MiB), sample(FLOOR, 0, 900, rss=MiB), sample(PREADV, 0, 330, rss=MiB)]
     keys = ("date", "qemu", "nbdkit", "kernel", "cpus", "memory", "file system")
     return Results([Row("r", "a row")], samples, environment={key: key.upper() for key in keys})
 
@@ -154,6 +155,7 @@ def test_readme_gets_the_table_in_place(tmp_path: Path) -> None:
     assert "\n| a row | 3.0 | 2.0 | 0.75 |\n" in text
     assert "\n| peak memory of the server, the worst of these | 2.0 | 1.0 | 1.0 |\n" in text
     assert "a row: 0.3 of 0.9" in text  # thousands of requests/s, of the floor's
+    assert "the same run: a row: 0.91.\n" in text  # of the Python plugin
     assert "old" not in text
 
 
@@ -176,7 +178,7 @@ def test_several_results_become_one(tmp_path: Path) -> None:
         made_up().save(path)
     found = results.load(paths)
     assert found.rows == made_up().rows
-    assert [s.run for s in found.samples] == [0] * 5 + [1] * 5
+    assert [s.run for s in found.samples] == [0] * 6 + [1] * 6
     assert [dataclasses.replace(s, run=0) for s in found.samples] == made_up().samples * 2
 
 
