@@ -126,8 +126,11 @@ class ClusterMap:
     # What is said of the whole of a large image, again and again, is made here: slices of a few runs are known until
     # anything is linked, and short runs come many at once, without a step of Python for each.
 
-    def kinds(self, pos: int, length: int) -> Iterator[tuple[Kind, int]]:
-        """(kind, bytes) of the runs of a range: as lookup, but data need not be contiguous, and kinds may repeat."""
+    def kinds(self, pos: int, length: int, one: bool) -> Iterator[tuple[Kind, int]]:
+        """(kind, bytes) of the runs of a range: as lookup, but data need not be contiguous, and kinds may repeat.
+
+        With `one`, the caller wants no more than the first few.
+        """
         end = pos + length
         while pos < end:
             run = self._long_run(pos, end - pos)
@@ -135,7 +138,7 @@ class ClusterMap:
                 pos += run[1]
                 yield run
                 continue
-            kind, n, names = self._short_runs(pos, end - pos)
+            kind, n, names = self._short_runs(pos, end - pos, one)
             pos += n + (len(names) << self.geometry.l2_shift)
             yield kind, n
             for same in runs_of_kinds(names):
@@ -150,7 +153,7 @@ class ClusterMap:
                 pos += run[1]
                 yield FOUND if run[0] is FOUND else ZERO, [run[1]]
                 continue
-            kind, n, names = self._short_runs(pos, end - pos)
+            kind, n, names = self._short_runs(pos, end - pos, False)
             pos += n + (len(names) << self.geometry.l2_shift)
             yield FOUND if kind is FOUND else ZERO, [n]
             if names:
@@ -196,10 +199,12 @@ class ClusterMap:
             return ()
         return tuple(runs)
 
-    def _short_runs(self, pos: int, length: int) -> tuple[Kind, int, bytes]:
+    def _short_runs(self, pos: int, length: int, one: bool) -> tuple[Kind, int, bytes]:
         """(kind, bytes) of the first run at pos, and what runs.kinds() calls the whole clusters after it."""
         geo = self.geometry
         kind, _, n = self.lookup(pos, length)
+        if one:
+            return kind, n, b""
         table = self.slice_at(pos)
         index = ((pos + n) >> geo.l2_shift) & geo.slice_mask
         last = min(geo.slice_entries, index + ((length - n) >> geo.l2_shift))

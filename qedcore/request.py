@@ -178,10 +178,13 @@ class Requests:
     def extents(self, pos: int, length: int, one: bool) -> tuple[Kind, list[int]]:
         """(kind, bytes of each run) of a range, through the chain: alternately FOUND and ZERO, from `kind` on."""
         self._check_range(pos, length)
-        pieces = self._clusters.data_and_zeros if self.backing is None else self._pieces_of_chain
+        if one or self.backing is not None:
+            pieces = self._pieces_of_chain(pos, length, one)
+        else:
+            pieces = self._clusters.data_and_zeros(pos, length)
         first = last = ZERO  # the kind of the first and of the last run
         sizes: list[int] = []
-        for kind, more in pieces(pos, length):
+        for kind, more in pieces:
             if not sizes:
                 first = kind
             elif kind is last:
@@ -192,9 +195,9 @@ class Requests:
                 return first, sizes[:1]
         return first, sizes
 
-    def _pieces_of_chain(self, pos: int, length: int) -> Iterator[tuple[Kind, list[int]]]:
+    def _pieces_of_chain(self, pos: int, length: int, one: bool) -> Iterator[tuple[Kind, list[int]]]:
         """As ClusterMap.data_and_zeros, with what is below."""
-        for kind, n in self._clusters.kinds(pos, length):
+        for kind, n in self._clusters.kinds(pos, length, one):
             end = pos + n
             while pos < end:
                 n = end - pos
