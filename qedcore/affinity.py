@@ -38,9 +38,12 @@ class Crowd:
     """Moves threads that meet.  `member` has an attribute for each thread (threading.local)."""
 
     def __init__(self, member: Member) -> None:
-        self.enabled = hasattr(os, "sched_setaffinity")
         self._member = member
-        self._cpus = sorted(os.sched_getaffinity(0)) if self.enabled else []
+        try:
+            self._cpus = sorted(os.sched_getaffinity(0))
+        except (AttributeError, OSError):
+            self._cpus = []
+        self.enabled = bool(self._cpus)
         self._lock = threading.Lock()  # protects what is below
         self._cpu: int | None = None  # for small requests, once somebody has moved
         self._seats: list[Seat] = []  # of connections with large requests
@@ -48,6 +51,7 @@ class Crowd:
     def meet(self, length: int, seat: Seat) -> None:
         """The calling thread begins a request of `length` bytes while others are running.  Raises nothing."""
         if not self.enabled:
+            self._member.moved = True
             return
         try:
             if length <= SMALL:

@@ -176,17 +176,18 @@ class Allocator:
                 self._looking = False
                 self.reuse = self.reuse and sole  # another writer may have been noticed meanwhile
                 # What was unlinked meanwhile was perhaps seen, perhaps not: nobody knows what it was (recall).
-                self._missed = self._unlinked[len(unlinked) :] if sole else []
+                lost = self._unlinked[len(unlinked) if sole else 0 :]
                 del self._unlinked[len(unlinked) if sole else 0 :]
-                self.pending = sum(freed.extent.n for freed in self._unlinked)
+                self._missed = lost if sole else []
+                self.pending -= clusters_of(lost)
         return self.reuse
 
     def recall(self) -> None:
         """Nobody unlinks anything now: let the next flush look again, for what was missed."""
         with self._lock:
             if self._missed and self.reuse:
+                self.pending += clusters_of(self._missed)
                 self._unlinked[:0], self._missed = self._missed, []  # oldest first
-                self.pending = sum(freed.extent.n for freed in self._unlinked)
                 self.sole_users = self._look
 
     def _punch(self, extent: Extent) -> bool:
@@ -224,14 +225,22 @@ class Allocator:
             end = self._free.end_of_used(self._bounds.end >> self._geometry.l2_shift) << self._geometry.l2_shift
             cut = self._grown or end != self._bounds.end
             if cut:
-                self._grown = end  # before: after an error, too, the file may be as short as that
+                # Before: after an error, too, the file may be as short as that; what it may not cover is a leak then.
+                if self._grown:
+                    self._grown = end
+                else:
+                    self._leftovers = True
+                self._free.cut(end >> self._geometry.l2_shift)
                 self._storage.truncate(end)
         self._storage.flush()
         if cut:
-            with self._lock:
-                # Only now: what was not cut off for good is neither fresh nor free.
-                self._bounds.end = end
-                self._free.cut(end >> self._geometry.l2_shift)
+            with self._lock:  # only now: what was not cut off for good is not fresh
+                self._bounds.end = self._grown = end
+                self._leftovers = False
+
+
+def clusters_of(freed: list[Freed]) -> int:
+    return sum(one.extent.n for one in freed)
 
 
 def _joined(extents: list[Extent], cluster_size: int) -> list[Extent]:
@@ -272,7 +281,7 @@ class NeedCheckGate:
         self._last_use = clock()  # seconds
         self._closed = False
         self._timer: threading.Thread | None = None
-        allocator.before_growth = self._refuse_others
+        allocator.before_growth = self.refuse_others
 
     def __enter__(self) -> None:
         self._inside.append(None)
@@ -296,7 +305,7 @@ class NeedCheckGate:
                 return
             self._changing = True
         try:
-            self._refuse_others()
+            self.refuse_others()
             self._header.set_features(set=FEATURE_NEED_CHECK)
             # Durable before any metadata change: else a crash could leave changed tables in an image that looks
             # clean, and the next allocation would reuse what they point at.
@@ -337,7 +346,7 @@ class NeedCheckGate:
         """
         self._failed = True
 
-    def _refuse_others(self) -> None:
+    def refuse_others(self) -> None:
         """Raises StorageError if somebody else has written to the image, for good (I5)."""
         try:
             self._header.refuse_others(mark=self._dirty)
@@ -360,7 +369,7 @@ class NeedCheckGate:
         if not self._shut(idle):
             return False
         try:
-            self._refuse_others()
+            self.refuse_others()
             if self._allocator.pending:
                 self._allocator.flush()
             self._allocator.trim_tail()  # and flush everything that the flag stands for, before the flag

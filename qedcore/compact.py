@@ -447,9 +447,10 @@ def tidy(image: QEDImage) -> int:
     Returns the clusters that stay free inside the file, leaks to the next who opens it.  No request may be in
     flight.  Raises as pack.
     """
-    holes = image.holes()
-    geo = image.geometry
-    if not holes or holes << geo.l2_shift > TIDY_BYTES or image.storage.size() >> geo.l2_shift > TIDY_CLUSTERS:
+    shift = image.geometry.l2_shift
+    small = image.storage.size() >> shift <= TIDY_CLUSTERS
+    holes = image.holes(search=small)
+    if not holes or not small or holes << shift > TIDY_BYTES:
         return holes
     with image.maintenance() as metadata:
         pack(metadata)

@@ -159,7 +159,8 @@ class QEDImage:
         """A dirty period in which the caller changes metadata by itself; no other request may be in flight.
 
         NEED_CHECK is durable before and stays after an error, so that the next writable open repairs; but not for
-        damage that was there before (CorruptImageError): that repair drops what might still be salvaged.
+        damage that was there before (CorruptImageError): that repair drops what might still be salvaged.  After any
+        other error nobody knows where things are: there are no more requests in this opening.
         """
         self._check_open()
         if self._gate is None or not isinstance(self._requests, WritableRequests):
@@ -184,7 +185,11 @@ class QEDImage:
                 raise
             except BaseException:
                 self._gate.fail()
+                self._refuse_requests()
                 raise
+
+    def _refuse_requests(self) -> None:
+        self._requests = ClosedRequests(self.storage, self._clusters, 0, InFlight())
 
     def succeed(self, retired: QEDImage) -> None:
         """This one takes the place of `retired`, a read-only opening of the same image with the same `in_flight`."""
@@ -247,12 +252,17 @@ class QEDImage:
         else:
             self._allocator.flush()
 
-    def holes(self) -> int:
-        """Clusters that are free inside the file; its free tail is given back first.  No request may be in flight."""
+    def holes(self, search: bool = True) -> int:
+        """Clusters that are free inside the file; its free tail is given back first.  No request may be in flight.
+
+        With `search`, the tables are looked through, if need be, for what was freed and may be free.
+        """
         self._check_open()
         if self._gate is None:
             return 0
-        self._allocator.recall()
+        self._gate.refuse_others()
+        if search:
+            self._allocator.recall()
         if self._allocator.pending:
             self._allocator.flush()
         self._gate.clear()
@@ -283,7 +293,7 @@ class QEDImage:
             if self._closed:
                 return
             self._closed = True
-        self._requests = ClosedRequests(self.storage, self._clusters, 0, InFlight())
+        self._refuse_requests()
         try:
             if self._gate is not None:
                 self._gate.close()

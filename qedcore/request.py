@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from .cluster import FOUND, ZERO, ClusterMap, Kind
-from .errors import ReadOnlyError, RequestError, ShutdownError
+from .errors import QEDError, ReadOnlyError, RequestError, ShutdownError
 from .geometry import ZERO_CLUSTER, MiB
 from .in_flight import InFlight
 from .storage import ReadBuffer, Storage, WriteBuffer
@@ -184,16 +184,20 @@ class Requests:
             pieces = self._clusters.data_and_zeros(pos, length)
         first = last = ZERO  # the kind of the first and of the last run
         sizes: list[int] = []
-        for kind, more in pieces:
-            if not sizes:
-                first = kind
-            elif kind is last:
-                more[0] += sizes.pop()
-            sizes += more
-            last = kind if len(more) % 2 else ZERO if kind is FOUND else FOUND
-            if one and len(sizes) > 1:
-                return first, sizes[:1]
-        return first, sizes
+        try:
+            for kind, more in pieces:
+                if not sizes:
+                    first = kind
+                elif kind is last:
+                    more[0] += sizes.pop()
+                sizes += more
+                last = kind if len(more) % 2 else ZERO if kind is FOUND else FOUND
+                if one and len(sizes) > 1:
+                    break
+        except QEDError:
+            if not (one and sizes):  # else it is past what was asked for
+                raise
+        return first, sizes[:1] if one else sizes
 
     def _pieces_of_chain(self, pos: int, length: int, one: bool) -> Iterator[tuple[Kind, list[int]]]:
         """As ClusterMap.data_and_zeros, with what is below."""

@@ -133,5 +133,16 @@ def test_forbidden_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not server.crowd.enabled
 
 
+def test_forbidden_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(pid: int) -> set[int]:
+        raise PermissionError(1, "not here")
+
+    monkeypatch.setattr(os, "sched_getaffinity", forbidden)
+    moves, server = Moves(monkeypatch), Server()
+    with server.request(512):
+        server.in_thread(512)
+    assert not server.crowd.enabled and moves.seen == []
+
+
 def test_current_cpu() -> None:
     assert current_cpu() in range(os.cpu_count() or 1)

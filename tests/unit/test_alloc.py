@@ -382,22 +382,47 @@ def test_trim_tail_of_an_untouched_file_only_flushes() -> None:
     assert tap.log == [Call("flush")]
 
 
-@pytest.mark.parametrize(("fault", "late"), [("truncate", False), ("truncate", True), ("flush", False)])
-def test_released_clusters_are_not_fresh_after_a_failed_trim(fault: str, late: bool) -> None:
-    """They are not cut off for certain, so what was written to them may come back; nor does the file cover them."""
+FAILED_TRIMS = [("truncate", False), ("truncate", True), ("flush", False)]
+
+
+@pytest.mark.parametrize("clean", [False, True], ids=["used", "clean"])
+@pytest.mark.parametrize(("fault", "late"), FAILED_TRIMS)
+def test_after_a_failed_trim(fault: str, late: bool, clean: bool) -> None:
+    """The tail is cut off, or not, or not for good: the file must cover what is handed out, and fresh means zeros."""
     storage = MemoryStorage(bytes(2 * CS))
     target, _ = allocator(tap := Tap(storage))
-    extent = target.allocate(1)
-    storage.pwrite(b"\xee" * CS, extent.offset)
-    target.release(extent)
+    extent = target.allocate(2)
+    storage.pwrite(b"\xee" * (2 * CS), extent.offset)
+    if clean:
+        target.free(extent)
+        target.flush()
+    else:
+        target.release(extent)
+    before = bytes(storage.data)  # comes back if the cut is lost
     tap.hook = FailAt(1, [fault], late=late)
     with pytest.raises(StorageError):
         target.trim_tail()
-    again = target.allocate(1)
-    assert again.offset != extent.offset or not again.fresh
-    more = target.allocate(2)
-    assert more.offset > extent.offset and storage.size() >= more.offset + 2 * CS
-    assert not any(storage.data[more.offset : more.offset + 2 * CS])
+    for n in (1, 1, 3):
+        found = target.allocate(n)
+        assert storage.size() >= found.offset + n * CS
+        content = before[found.offset :][: n * CS] + bytes(storage.data[found.offset :][: n * CS])
+        assert not found.fresh or not any(content)
+
+
+@pytest.mark.parametrize(("fault", "late"), FAILED_TRIMS)
+def test_leftovers_after_a_failed_trim(fault: str, late: bool) -> None:
+    """They are still to be cut off, durably, before the file grows."""
+    storage = MemoryStorage(b"\xee" * (3 * CS + 100))
+    target, _ = allocator(tap := Tap(storage), 3)
+    target.free(Extent(2 * CS, 1, False))
+    target.flush()
+    tap.hook = FailAt(1, [fault], late=late)
+    with pytest.raises(StorageError):
+        target.trim_tail()
+    del tap.log[:]
+    found = target.allocate(2)
+    assert [call.name for call in tap.log] == ["truncate", "flush", "truncate"]
+    assert found.fresh and not any(storage.data[found.offset : found.offset + 2 * CS])
 
 
 def test_random_life(rng: random.Random, small_step: int) -> None:

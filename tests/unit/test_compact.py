@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import FailAt, open_tapped
 from support.crashes import World, check_crashes, guest
 from support.patterns import KiB, random_ops, stamp
 from support.qed_image import F_NEED_CHECK, ZERO, Built, Geometry, QedFile, assert_sound, read_header
@@ -16,7 +19,7 @@ import qedcore
 from qedcore import compact as module
 from qedcore.alloc import Extent
 from qedcore.compact import compact, pack, tidy
-from qedcore.errors import CorruptImageError, QEDError, ReadOnlyError, StorageError
+from qedcore.errors import CorruptImageError, QEDError, ReadOnlyError, ShutdownError, StorageError
 from qedcore.shared import SharedImage
 
 CS = 4 * KiB
@@ -410,6 +413,42 @@ def test_tidy_takes_what_was_freed_during_the_look_for_shared_clusters(image: Im
         assert tidy(img) == 0
     assert path.stat().st_size == end - 4 * CS
     assert_sound(path)
+
+
+@pytest.mark.parametrize("work", [tidy, compact], ids=["tidy", "compact"])
+def test_after_a_failure(image: Image, work: Callable[[qedcore.QEDImage], object]) -> None:
+    """Once clusters may be in other places than this opening knows, it takes no requests any more."""
+    refused = []
+    for step in itertools.count(1):
+        path = image(**SMALL, size=100 * CS, layout=dict.fromkeys(range(10), "data")).path
+        img, tap = open_tapped(path)
+        img.trim(3 * CS, 2 * CS)
+        img.flush()
+        want = img.pread(100 * CS, 0)
+        tap.hook = FailAt(step, late=step % 2 == 0)
+        try:
+            work(img)
+            break
+        except StorageError:
+            pass
+        tap.hook = None
+        try:
+            img.pwrite(b"x" * CS, 9 * CS)
+            want = want[: 9 * CS] + b"x" * CS + want[10 * CS :]
+            refused.append(False)
+        except ShutdownError:
+            refused.append(True)
+            for request in (lambda: img.pread(1, 0), lambda: img.trim(9 * CS, CS)):  # noqa: B023
+                with pytest.raises(ShutdownError):
+                    request()
+        with suppress(StorageError):
+            img.close()
+        with qedcore.open_image(path) as again:
+            assert again.pread(100 * CS, 0) == want
+        assert_sound(path, leaks=None)
+    tap.hook = None
+    img.close()
+    assert refused == sorted(refused) and refused.count(True) > 5
 
 
 def test_tidy_leaves_much_work(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:

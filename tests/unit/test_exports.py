@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import MemoryStorage
 from support.qed_image import ImageSpec, build, patch_header
 
 from qedcore.errors import QEDError, RequestError, StorageError
@@ -34,8 +35,9 @@ class FakeImage:
             raise RuntimeError("can't start new thread")
 
     geometry = Geometry(4096, 1)
+    storage = MemoryStorage()
 
-    def holes(self) -> int:
+    def holes(self, search: bool) -> int:
         return 0
 
     def succeed(self, retired: QEDImage) -> None:
@@ -181,7 +183,7 @@ def test_a_failed_close_is_told_and_over(world: World, directory: ImageDirectory
 def test_a_bug_in_tidying_leaves_nothing_open(
     world: World, directory: ImageDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(image: FakeImage) -> int:
+    def fail(image: FakeImage, search: bool) -> int:
         raise MemoryError
 
     monkeypatch.setattr(FakeImage, "holes", fail)

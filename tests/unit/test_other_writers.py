@@ -12,6 +12,7 @@ from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import Built, QedFile, assert_sound, read_header
 
 import qedcore
+from qedcore.compact import tidy
 from qedcore.errors import ForeignWriterError, StorageError
 from qedcore.storage.file import open_file
 from qedcore.storage.lock import Locking
@@ -88,6 +89,25 @@ def test_noticed_at_the_end_of_a_dirty_period(unlocked: Callable[[], qedcore.QED
     assert read_header(one.storage.name)["features"] & NEED_CHECK
     with pytest.raises(ForeignWriterError):
         two.pwrite(b"2", 2 * MiB)
+
+
+def test_no_holes_are_punched_into_what_is_another_ones(unlocked: Callable[[], qedcore.QEDImage]) -> None:
+    one = unlocked()
+    for pos in (MiB, 2 * MiB):
+        one.pwrite(b"1" * CS, pos)
+    one.trim(MiB, CS)
+    one.flush()
+    one.pwrite(b"1" * CS, 3 * MiB)
+    one.trim(2 * MiB, CS)  # free with the next flush
+    two = unlocked()  # repairs: nothing leads there
+    two.pwrite(b"2" * CS, 4 * MiB)
+    two.pwrite(b"2" * CS, 5 * MiB)
+    two.close()
+    with pytest.raises(ForeignWriterError):
+        tidy(one)
+    with qedcore.open_image(one.storage.name, writable=False) as img:
+        assert_same(img.pread(2 * CS, 4 * MiB), b"2" * CS + bytes(CS))
+        assert_same(img.pread(CS, 5 * MiB), b"2" * CS)
 
 
 def test_a_failed_header_write_is_not_taken_for_one(image: Callable[..., Built]) -> None:

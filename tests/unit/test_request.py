@@ -925,6 +925,7 @@ def test_run_ends_with_the_file(image: Image, writable: bool) -> None:
                     request()
         assert img.pread(2 * CS, CS) == bytes(2 * CS)
         assert extents(img, 0, 3 * CS) == [(3 * CS, "FOUND")]
+        assert extents(img, 0, 4 * CS, one=True) == [(3 * CS, "FOUND")]  # the next request is told
 
 
 # Extents
