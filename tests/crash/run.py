@@ -52,7 +52,7 @@ def online(directory: Path, rng: random.Random) -> Result:
     trailing = rng.choice((b"", b"trailing" * 448))
     threads, requests, phases = rng.choice((1, 2, 3, 4, 6)), rng.randint(4, 16), rng.choice((1, 2, 3))
     share = rng.choice((0.0, 0.01, 0.1, 0.3))
-    mix = rng.choice((MIX, (60, 10, 5, 5, 0, 20), (30, 10, 25, 15, 20, 5)))
+    mix = rng.choice((MIX, (60, 10, 5, 5, 0, 20), (30, 10, 25, 15, 20, 5), (40, 0, 20, 10, 0, 30)))
     errors = rng.choice((0.0, 0.0, 0.01, 0.1))
     what = (
         f"{name}, {'' if backing else 'no '}backing file, {phases} phases of {threads} threads with {requests} "

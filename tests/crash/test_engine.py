@@ -299,6 +299,20 @@ def need_check_not_set_again_after_an_error(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(NeedCheckGate, "_begin", hopeful)
 
 
+def tail_free_before_its_cut_is_durable(patch: pytest.MonkeyPatch) -> None:
+    """After a failed flush the tail is appended to again, over what a crash may bring back."""
+    trim = Allocator.trim_tail
+
+    def eager(allocator: Allocator) -> None:
+        try:
+            trim(allocator)
+        except StorageError:
+            allocator._bounds.end = allocator._grown or allocator._bounds.end
+            raise
+
+    patch.setattr(Allocator, "trim_tail", eager)
+
+
 class Case(NamedTuple):
     """Where a hazard shows."""
 
@@ -339,6 +353,7 @@ HAZARDS: dict[Callable[[pytest.MonkeyPatch], None], Case] = {
     flush_joins_a_running_sync: Case(6),
     clusters_of_a_failed_link_used_again: Case(6, errors=0.1),
     need_check_not_set_again_after_an_error: Case(5, errors=0.1),
+    tail_free_before_its_cut_is_durable: Case(8, threads=1, mix=(40, 0, 20, 10, 0, 30), errors=0.1),
     leftovers_not_cut_durably: Case(8, spec={"trailing": b"trailing" * 448}),
 }
 
