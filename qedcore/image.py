@@ -186,6 +186,7 @@ class QEDImage:
             except BaseException:
                 self._gate.fail()
                 self._refuse_requests()
+                self._allocator.restart()  # what was free may be in use
                 raise
 
     def _refuse_requests(self) -> None:
