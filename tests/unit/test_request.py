@@ -1167,3 +1167,12 @@ def test_readers_and_writers_in_place_do_not_wait(tapped: Tapped) -> None:
     Job(img.flush).result()
     gate.open()
     first.result()
+
+
+@pytest.mark.parametrize("layout", ["", "Z" * 64, "D"], ids=["no table", "zero clusters", "table"])
+def test_zeros_replace_what_the_buffer_held(image: Image, layout: str) -> None:
+    with qedcore.open_image(image(size=4 * MiB, layout=layout).path) as img:
+        for length in (1, 512, CS + 3, MiB - 1, MiB, 3 * MiB + 5):
+            buf = bytearray(b"\xff" * length)
+            img.pread_into(buf, 4 * MiB - length)
+            assert not any(buf), length
