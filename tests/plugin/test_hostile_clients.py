@@ -249,13 +249,14 @@ def test_clients_that_vanish_while_they_are_answered(image: Callable[..., Built]
     server = serve(built.path)
     stays = server.connect()
     stays.pwrite(stamp(5, 3 * CS, 512), 3 * CS)
-    for _ in range(10):
-        if not server.running():
-            break
-        client = RawClient(server).go()
-        for _ in range(16):
-            client.send(READ, 0, MiB)
-        client.close()
+    try:
+        for _ in range(10):
+            client = RawClient(server).go()
+            for _ in range(16):
+                client.send(READ, 0, MiB)
+            client.close()
+    except (OSError, EOFError):
+        assert server.wait() == -signal.SIGABRT
     disconnect(stays)
     if server.running():
         server.send_signal(signal.SIGTERM)
