@@ -138,13 +138,25 @@ def _terminate(*_: object) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
+def _broken_pipe() -> int:
+    """Who read our output has enough; nothing may be printed at exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code.  Standard output has been flushed then."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-    except QEDError as error:
+        try:
+            args = parse(sys.argv[1:] if argv is None else argv)
+        except SystemExit:
+            sys.stdout.flush()  # of help: an error if nobody gets it
+            raise
+    except BrokenPipeError:
+        return _broken_pipe()
+    except (QEDError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return EXIT_FAILURE
     failure = getattr(args.module, "FAILURE", EXIT_FAILURE)
@@ -161,9 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return int(code)
     except BrokenPipeError:
-        # Who read our output has enough; nothing may be printed at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return _broken_pipe()
     except (QEDError, OSError, KeyboardInterrupt) as error:
         signal.signal(signal.SIGINT, interrupt)
         if args.debug:

@@ -189,6 +189,17 @@ def test_output_that_goes_nowhere(image: Image, tmp_path: Path, name: str, outpu
     assert done.stderr.count("\n") == (failed and "2>" not in output)
 
 
+@pytest.mark.parametrize("words", ["--help", "check --help", "--version"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_that_cannot_be_written(words: str, unbuffered: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    argv = [sys.executable, "-m", "qedcore", *words.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "qed: [Errno 28] No space left on device\n"
+
+
 def test_closed_output(image: Image) -> None:
     """A reader that goes away is no traceback."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
