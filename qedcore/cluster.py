@@ -134,11 +134,14 @@ class ClusterMap:
         end = pos + length
         while pos < end:
             run = self._long_run(pos, end - pos)
+            if run is None and one:
+                kind, _, n = self.lookup(pos, end - pos)
+                run = kind, n
             if run is not None:
                 pos += run[1]
                 yield run
                 continue
-            kind, n, names = self._short_runs(pos, end - pos, one)
+            kind, n, names = self._short_runs(pos, end - pos)
             pos += n + (len(names) << self.geometry.l2_shift)
             yield kind, n
             for same in runs_of_kinds(names):
@@ -153,7 +156,7 @@ class ClusterMap:
                 pos += run[1]
                 yield FOUND if run[0] is FOUND else ZERO, [run[1]]
                 continue
-            kind, n, names = self._short_runs(pos, end - pos, False)
+            kind, n, names = self._short_runs(pos, end - pos)
             pos += n + (len(names) << self.geometry.l2_shift)
             yield FOUND if kind is FOUND else ZERO, [n]
             if names:
@@ -199,12 +202,10 @@ class ClusterMap:
             return ()
         return tuple(runs)
 
-    def _short_runs(self, pos: int, length: int, one: bool) -> tuple[Kind, int, bytes]:
+    def _short_runs(self, pos: int, length: int) -> tuple[Kind, int, bytes]:
         """(kind, bytes) of the first run at pos, and what runs.kinds() calls the whole clusters after it."""
         geo = self.geometry
         kind, _, n = self.lookup(pos, length)
-        if one:
-            return kind, n, b""
         table = self.slice_at(pos)
         index = ((pos + n) >> geo.l2_shift) & geo.slice_mask
         last = min(geo.slice_entries, index + ((length - n) >> geo.l2_shift))

@@ -19,14 +19,13 @@ from .geometry import ZERO_CLUSTER, MiB
 from .in_flight import InFlight
 from .storage import ReadBuffer, Storage, WriteBuffer
 
-ZEROS = bytes(MiB)  # what zeros are copied and written from: making them takes as long as copying
-_ZEROS = memoryview(ZEROS)
+ZEROS = memoryview(bytes(MiB))  # what zeros are copied and written from: making them takes as long as copying
 
 
 def fill_zeros(view: memoryview) -> None:
     while view:
-        n = min(len(view), len(_ZEROS))
-        view[:n] = _ZEROS[:n]
+        n = min(len(view), len(ZEROS))
+        view[:n] = ZEROS[:n]
         view = view[n:]
 
 
@@ -182,16 +181,15 @@ class Requests:
             pieces = self._pieces_of_chain(pos, length, one)
         else:
             pieces = self._clusters.data_and_zeros(pos, length)
-        first = last = ZERO  # the kind of the first and of the last run
+        first = ZERO
         sizes: list[int] = []
         try:
             for kind, more in pieces:
                 if not sizes:
                     first = kind
-                elif kind is last:
+                elif (kind is first) == len(sizes) % 2:  # as the last run
                     more[0] += sizes.pop()
                 sizes += more
-                last = kind if len(more) % 2 else ZERO if kind is FOUND else FOUND
                 if one and len(sizes) > 1:
                     break
         except QEDError:
@@ -204,12 +202,10 @@ class Requests:
         for kind, n in self._clusters.kinds(pos, length, one):
             end = pos + n
             while pos < end:
-                n = end - pos
-                if kind is FOUND or kind is ZERO:
-                    yield kind, [n]
-                else:
-                    below, n = find_zeros(self.backing, pos, n)
-                    yield below, [n]
+                here, n = kind, end - pos
+                if kind is not FOUND and kind is not ZERO:
+                    here, n = find_zeros(self.backing, pos, n)
+                yield here, [n]
                 pos += n
 
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:

@@ -20,8 +20,6 @@ from .request import ZEROS, Requests
 from .storage import ReadBuffer, Storage
 from .table import Table, contiguous
 
-_ZEROS = ZEROS  # also the most that is filled in one piece
-
 
 class WritableRequests(Requests):
     """Requests on an image that was opened for writing."""
@@ -178,21 +176,21 @@ class WritableRequests(Requests):
 
     def _prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
         """The head, which belongs at guest position pos."""
-        early = max(length - len(_ZEROS), 0)
+        early = max(length - len(ZEROS), 0)
         self._write_fill(kind, pos, early, extent, extent.offset)
         return self._fill(kind, pos + early, length - early, extent)
 
     def _postfill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:
         """The tail, which belongs at guest position pos."""
-        late = max(length - len(_ZEROS), 0)
+        late = max(length - len(ZEROS), 0)
         end = extent.offset + (extent.n << self._l2_shift)
         self._write_fill(kind, pos + length - late, late, extent, end - late)
         return self._fill(kind, pos, length - late, extent)
 
     def _write_fill(self, kind: Kind, pos: int, length: int, extent: Extent, offset: int) -> None:
         """Write a long fill in pieces: a cluster may be larger than what a request should hold in memory."""
-        for done in range(0, length, len(_ZEROS)):
-            data = self._fill(kind, pos + done, min(len(_ZEROS), length - done), extent)
+        for done in range(0, length, len(ZEROS)):
+            data = self._fill(kind, pos + done, min(len(ZEROS), length - done), extent)
             if data:
                 self._storage.pwrite(data, offset + done)
 
@@ -261,14 +259,14 @@ class WritableRequests(Requests):
             if may_trim and whole and not head:
                 return self._unlink(pos, whole)
             n = head or n if may_trim else n
-            for done in range(0, n, len(_ZEROS)):
-                self.write_data(offset + done, memoryview(_ZEROS)[: n - done])
+            for done in range(0, n, len(ZEROS)):
+                self.write_data(offset + done, ZEROS[: n - done])
             return n
         if not self._has_data(kind, pos):
             return n
         if head or not whole:
-            n = min(n, head or n, len(_ZEROS))
-            return self.write_run(kind, offset, memoryview(_ZEROS)[:n], pos)
+            n = min(n, head or n, len(ZEROS))
+            return self.write_run(kind, offset, ZEROS[:n], pos)
         with self._gate:
             return self._link_zero_clusters(pos, whole)
 
