@@ -11,14 +11,8 @@ I2. Who wants what another has claimed waits for the end of that claim, holding 
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
 
-
-class Claim(NamedTuple):
-    """Guest clusters [first, end)."""
-
-    first: int
-    end: int
+Claim = tuple[int, int]  # guest clusters [first, end)
 
 
 class Claims:
@@ -32,19 +26,16 @@ class Claims:
 
     def take(self, first: int, end: int) -> Claim:
         """Claim guest clusters [first, end), waiting until they are free."""
+        claim = first, end
         with self._lock:
-            while self.find(first, end):
+            while True:
+                for start, stop in self._claims:
+                    if start < end and first < stop:
+                        break
+                else:
+                    self._claims.append(claim)
+                    return claim
                 self._wait()
-            claim = Claim(first, end)
-            self._claims.append(claim)
-            return claim
-
-    def find(self, first: int, end: int) -> Claim | None:
-        """A claim that overlaps [first, end).  The lock is held."""
-        for claim in self._claims:
-            if claim[0] < end and first < claim[1]:  # indexes: names cost more
-                return claim
-        return None
 
     def _wait(self) -> None:
         self._waiting += 1

@@ -225,12 +225,8 @@ class ClusterMap:
             return length
         return min(length, (end << shift) - pos)
 
-    def slice_at(self, pos: int) -> Table | None:
-        """The slice that maps pos; None where there is no L2 table.  Raises like lookup."""
-        return self.table_at(pos)
-
     def table_at(self, pos: int) -> Table | None:
-        """The same, outside the look-ups of a request (they are traced)."""
+        """The slice that maps pos; None where there is no L2 table.  Raises like lookup."""
         slice_index = pos >> self.geometry.slice_shift
         table: Table | None = self.cache.slices.get(slice_index)
         if table is not None:
@@ -242,6 +238,8 @@ class ClusterMap:
         if not offset:
             return None
         return self.cache.load(slice_index, offset + self.geometry.slice_offset(pos))
+
+    slice_at = table_at  # in the look-ups of requests, which are traced
 
     def l2_offset(self, pos: int) -> int:
         """File offset of the L2 table that maps pos, 0 without one.  Raises CorruptImageError, StorageError."""

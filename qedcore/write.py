@@ -52,15 +52,20 @@ class WritableRequests(Requests):
             # As in pread_into().
             into, length, index = pos & self._cluster_mask, len(buf), pos >> self._slice_shift
             table = self._slices.get(index)
-            if table is not None and into + length <= self._cluster_size and pos + length <= self.size:
+            if table is not None and pos + length <= self.size:
                 entry = table[(pos >> self._l2_shift) & self._slice_mask]
                 if self._lowest <= entry < self._bounds.end and not entry & self._cluster_mask:
-                    if index != self._touched:
-                        self._touched = index
-                        self._touch(index)
-                    self._storage.pwrite(buf, entry + into)
-                    return
-                if entry <= ZERO_CLUSTER and length and self.write_run(NO_CLUSTER, 0, memoryview(buf), pos):
+                    if into + length <= self._cluster_size:
+                        if index != self._touched:
+                            self._touched = index
+                            self._touch(index)
+                        self._storage.pwrite(buf, entry + into)
+                        return
+                elif entry <= ZERO_CLUSTER and length:
+                    view = memoryview(buf)
+                    n = self.write_run(NO_CLUSTER, 0, view, pos)
+                    if n < length:
+                        self.write(view[n:], pos + n)
                     return
             self.write(buf, pos)
         finally:
@@ -82,12 +87,12 @@ class WritableRequests(Requests):
             self.write_data(offset, view)
             return len(view)
         with self._gate:
-            claim = self._claims.take(pos >> self._l2_shift, self._geometry.clusters(pos + len(view)))
+            claim = self._claims.take(pos >> self._l2_shift, (pos + len(view) + self._cluster_mask) >> self._l2_shift)
             try:
                 kind, _, n = self._clusters.lookup(pos, len(view))
                 if kind is FOUND:
                     return 0
-                self._allocating_write(kind, view[:n], pos)
+                self._allocating_write(kind, view if n == len(view) else view[:n], pos)
                 return n
             finally:
                 self._claims.give_up(claim)
@@ -125,7 +130,7 @@ class WritableRequests(Requests):
         except BaseException:
             self._release(extents)
             raise
-        self._link_data(pos, extents, must_flush)
+        self._link_data(kind, pos, extents, must_flush)
 
     def _write_pieces(
         self, into: int, head: ReadBuffer, view: memoryview, tail: ReadBuffer, extents: list[Extent]
@@ -141,24 +146,23 @@ class WritableRequests(Requests):
         for extent in extents:
             self._allocator.release(extent)
 
-    def _link_data(self, pos: int, extents: list[Extent], must_flush: bool) -> None:
-        """Link new data clusters for pos.  The gate and a claim are held."""
+    def _link_data(self, kind: Kind, pos: int, extents: list[Extent], must_flush: bool) -> None:
+        """Link new data clusters for pos, where `kind` was found.  The gate and a claim are held."""
         entries = contiguous(extents[0].offset, extents[0].n, self._cluster_size)
         for extent in extents[1:]:
             entries += contiguous(extent.offset, extent.n, self._cluster_size)
         table_lock = self._clusters.table_locks.hold(pos >> self._l1_shift)
-        with table_lock:
-            if self._clusters.lacks_table(pos):
-                self._link_new_table(pos, entries, extents)
-                return
-            if not must_flush:
-                self._link(pos, entries)
-                return
-        try:
-            self._storage.flush()  # another write has made the table meanwhile
-        except BaseException:
-            self._release(extents)
-            raise
+        if kind is NO_TABLE:
+            with table_lock:
+                if self._clusters.lacks_table(pos):
+                    self._link_new_table(pos, entries, extents)
+                    return
+            if must_flush:  # another write has made the table meanwhile
+                try:
+                    self._storage.flush()
+                except BaseException:
+                    self._release(extents)
+                    raise
         with table_lock:
             self._link(pos, entries)
 
@@ -170,8 +174,14 @@ class WritableRequests(Requests):
         Empty where the clusters have them already.  Long ones are written, in part, here.
         """
         first, last = extents[0], extents[-1]
-        if first.fresh and last.fresh and (kind is ZERO or self.backing is None):
+        below = kind is not ZERO and self.backing is not None and pos - into < self.backing.size
+        if not below and first.fresh and last.fresh:
             return b"", b""
+        if below and len(view) <= into + rest <= len(ZEROS) - len(view):
+            # One read, although some of it is in vain: that costs less than another system call.
+            data = memoryview(bytearray(into + len(view) + rest))
+            self.read_backing(data, pos - into)
+            return data[:into], data[into + len(view) :]
         return self._prefill(kind, pos - into, into, first), self._postfill(kind, pos + len(view), rest, last)
 
     def _prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:

@@ -5,14 +5,29 @@ Its lock is a leaf and is not held while syncing.
     A asks            |== sync 1 ==|               returns
     B asks (during 1)       waits  |== sync 2 ==|  returns: sync 1 may have missed B's writes
     C asks (during 1)       waits  |    (2)     |  returns with B: one sync for both
+
+Whoever ends a sync wakes one of those who wait for the next, which makes it, then those whom it has served: nobody
+wakes for nothing.
 """
 
 from __future__ import annotations
 
-from typing import Callable
+import threading
+from typing import Any, Callable
 
 from ..errors import StorageError, UnreachableError
-from ..locks import Rank, ranked_condition
+from ..locks import Rank, ranked_lock
+
+
+class _Batch:
+    """The flushes that one sync completes."""
+
+    __slots__ = ("failure", "gates", "over")
+
+    def __init__(self) -> None:
+        self.gates: list[Any] = []  # a held lock for each that waits, released when it need not wait any more
+        self.over = False
+        self.failure: StorageError | None = None  # when it is over
 
 
 class GroupCommit:
@@ -23,44 +38,73 @@ class GroupCommit:
 
     def __init__(self, sync: Callable[[], None]) -> None:
         self._sync = sync
-        self._cond = ranked_condition(Rank.FLUSH)  # protects everything below
-        self._started = 0  # number of the newest sync
-        self._completed = 0  # number of the newest sync that is over
-        self._durable = 0  # number of the newest sync that succeeded
-        self._running = False
-        self._failure: StorageError | None = None  # the first failed sync, or the newest that may be tried again
+        self._lock = ranked_lock(Rank.FLUSH)  # protects everything below
+        self._next = _Batch()  # for the sync that starts next
+        self._leader: Any = None  # the gate of who makes a sync, or was told to
+        self._failure: StorageError | None = None  # the first that is kept
 
     def flush(self) -> None:
         """Return once a sync that started after this call is over.  Raises StorageError."""
-        cond = self._cond
-        with cond:
-            wanted = self._started + 1
-            while self._completed < wanted and not self._failed_for_ever():
-                if self._running:
-                    cond.wait()
-                    continue
-                self._running = True
-                self._started += 1
-                cond.release()
-                failure = None
-                try:
-                    self._sync()
-                except StorageError as error:
-                    failure = error
-                except BaseException as error:
-                    failure = StorageError(f"a flush did not end: {error!r}")
-                    raise
-                finally:
-                    cond.acquire()
-                    self._running = False
-                    self._completed = self._started
-                    if failure is None:
-                        self._durable = self._started
-                    elif not self._failed_for_ever():
-                        self._failure = failure
-                    cond.notify_all()
-            if self._failure is not None and (self._durable < wanted or self._failed_for_ever()):
-                raise type(self._failure)(str(self._failure), code=self._failure.errno)
+        batch = None
+        gate = threading.Lock()
+        gate.acquire()
+        try:
+            with self._lock:
+                batch = self._next
+                if self._leader is None:
+                    self._leader = gate
+                else:
+                    batch.gates.append(gate)
+            if self._leader is not gate:
+                gate.acquire()
+            if not batch.over:
+                self._lead(batch)
+        except BaseException:  # a signal's, or out of memory
+            self._leave(batch, gate)
+            raise
+        failure = batch.failure
+        if failure is not None:
+            raise type(failure)(str(failure), code=failure.errno)
 
-    def _failed_for_ever(self) -> bool:
-        return self._failure is not None and not isinstance(self._failure, UnreachableError)
+    def _leave(self, batch: _Batch | None, gate: Any) -> None:
+        """The calling thread neither waits nor leads any more."""
+        with self._lock:
+            if batch is not None and not batch.over and gate in batch.gates:
+                batch.gates.remove(gate)
+            leads = self._leader is gate
+        if leads:
+            self._pass_on()
+
+    def _lead(self, batch: _Batch) -> None:
+        """Sync for the batch, which is the next one, and wake those who wait."""
+        failure: StorageError | None
+        try:
+            with self._lock:
+                self._next = _Batch()  # who comes from here on may have written after the sync began
+                failure = self._failure
+            if failure is None:
+                self._sync()
+        except StorageError as error:
+            failure = error
+        except BaseException as error:
+            failure = StorageError(f"a flush did not end: {error!r}")
+            raise
+        finally:
+            with self._lock:
+                if self._next is batch:  # it did not come to its sync
+                    self._next = _Batch()
+                batch.failure = failure
+                batch.over = True
+                if failure is not None and not isinstance(failure, UnreachableError):
+                    self._failure = failure
+            self._pass_on()
+            for gate in batch.gates:
+                gate.release()
+
+    def _pass_on(self) -> None:
+        """Have one of those who wait for the next sync make it."""
+        with self._lock:
+            gates = self._next.gates
+            self._leader = gate = gates.pop() if gates else None
+        if gate is not None:
+            gate.release()

@@ -135,13 +135,15 @@ def link_before_data(patch: pytest.MonkeyPatch) -> None:
 def link_before_data_when_another_made_the_table(patch: pytest.MonkeyPatch) -> None:
     """Two allocating writes want one new table: the one that comes second must flush its own data."""
     link = WritableRequests._link_data
-    patch.setattr(
-        WritableRequests, "_link_data", lambda requests, pos, extents, must: link(requests, pos, extents, False)
-    )
+    patch.setattr(WritableRequests, "_link_data", lambda requests, *args: link(requests, *args[:-1], False))
 
 
 def claim_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Claims, "find", lambda claims, first, end: None)
+    def take(claims: Claims, first: int, end: int) -> Claim:
+        claims._claims.append((first, end))
+        return first, end
+
+    patch.setattr(Claims, "take", take)
 
 
 def prefill_zero_cluster_from_backing(patch: pytest.MonkeyPatch) -> None:
@@ -181,16 +183,13 @@ def links_race_for_a_sector(patch: pytest.MonkeyPatch) -> None:
 
 def claim_made_without_the_lock(patch: pytest.MonkeyPatch) -> None:
     """Two threads find no claim, and both make one."""
-    take = Claims.take
+    make = Claims.__init__
 
-    def hasty(claims: Claims, first: int, end: int) -> Claim:
-        if claims.find(first, end):
-            return take(claims, first, end)
-        claim = Claim(first, end)
-        claims._claims.append(claim)
-        return claim
+    def hasty(claims: Claims) -> None:
+        make(claims)
+        claims._lock = nullcontext()
 
-    patch.setattr(Claims, "take", hasty)
+    patch.setattr(Claims, "__init__", hasty)
 
 
 def reuse_before_durable(patch: pytest.MonkeyPatch) -> None:
@@ -254,17 +253,22 @@ def fua_without_flush(patch: pytest.MonkeyPatch) -> None:
 
 def flush_joins_a_running_sync(patch: pytest.MonkeyPatch) -> None:
     """Which may have missed what was written since it began."""
-    flush = GroupCommit.flush
+    lead = GroupCommit._lead
 
-    def joining(commit: GroupCommit) -> None:
-        if commit._running:
-            with commit._cond:
-                while commit._running:
-                    commit._cond.wait()
-            return
-        flush(commit)
+    def joined(commit: GroupCommit, batch: Any) -> None:
+        sync = commit._sync
 
-    patch.setattr(GroupCommit, "flush", joining)
+        def open_for_all() -> None:
+            commit._next = batch
+            sync()
+
+        commit._sync = open_for_all
+        try:
+            lead(commit, batch)
+        finally:
+            commit._sync = sync
+
+    patch.setattr(GroupCommit, "_lead", joined)
 
 
 def leftovers_not_cut_durably(patch: pytest.MonkeyPatch) -> None:
@@ -276,9 +280,9 @@ def clusters_of_a_failed_link_used_again(patch: pytest.MonkeyPatch) -> None:
     """Their entry may be on disk all the same."""
     link = WritableRequests._link_data
 
-    def thrifty(requests: WritableRequests, pos: int, extents: list[Extent], must_flush: bool) -> None:
+    def thrifty(requests: WritableRequests, kind: Kind, pos: int, extents: list[Extent], must_flush: bool) -> None:
         try:
-            link(requests, pos, extents, must_flush)
+            link(requests, kind, pos, extents, must_flush)
         except StorageError:
             requests._release(extents)
             raise
@@ -426,8 +430,11 @@ def test_deadlock_is_found() -> None:
             scheduler.run([lambda: take(one, two), lambda: take(two, one)])
 
 
-def test_a_lost_wakeup_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Condition, "notify_all", lambda condition: None)
+@pytest.mark.parametrize(("cls", "method"), [(_Condition, "notify_all"), (GroupCommit, "_pass_on")])
+def test_a_lost_wakeup_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cls: type[object], method: str
+) -> None:
+    monkeypatch.setattr(cls, method, lambda self: None)
     setup = Setup(tmp_path, SHAPES["4K/1"], True)
     with pytest.raises(Deadlock):
         for seed in range(20):

@@ -288,7 +288,7 @@ def test_one_flush_for_many_writes_over_a_backing_file(tmp_path: Path) -> None:
         for table in range(1, tables):
             writers.append(start(lambda table=table: image.pwrite(b"new", table * REACH + 9 * CLUSTER)))  # type: ignore[misc]
         # All the others have written their data and wait for a sync that starts after it.
-        wait_for(lambda: len(commit._cond._waiters) == tables - 1, "the writers at the flush")
+        wait_for(lambda: len(commit._next.gates) == tables - 1, "the writers at the flush")
         leave.set()
         finish(*writers)
         commit._sync = real_sync

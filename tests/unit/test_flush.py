@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
-from fakes import Gate, Job, Waits
+from fakes import WAIT, Gate, Job
 
 from qedcore.errors import StorageError, UnreachableError
+from qedcore.storage import flush
 from qedcore.storage.flush import GroupCommit
 
 
@@ -31,16 +36,59 @@ class Sync:
             raise self.errors[number]
 
 
-def start(sync: Sync, waiters: int) -> tuple[GroupCommit, Waits, list[Job]]:
+class Waits:
+    """Counts the flushes that wait: come(n) returns when n more do.
+
+    `before` and `after` are called in the thread that waits.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._come = threading.Semaphore(0)
+        self._before = before
+        self._after = after
+        made = ModuleType("threading")
+        made.Lock = self._lock  # type: ignore[attr-defined]
+        monkeypatch.setattr(flush, "threading", made)
+
+    def _lock(self) -> Any:
+        waits, lock = self, threading.Lock()
+
+        class Counted:
+            release = lock.release
+
+            def acquire(self) -> None:
+                if not lock.acquire(blocking=False):
+                    waits._before()
+                    waits._come.release()
+                    lock.acquire()
+                    waits._after()
+
+        return Counted()
+
+    def come(self, n: int = 1) -> None:
+        for _ in range(n):
+            assert self._come.acquire(timeout=WAIT), "nobody waits"
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    return Waits(monkeypatch)
+
+
+def start(sync: Sync, waits: Waits, waiters: int) -> tuple[GroupCommit, list[Job]]:
     """A flush that is in its sync, and others that were asked for meanwhile."""
     commit = GroupCommit(sync)
-    waits = Waits(commit._cond)
     jobs = [Job(commit.flush)]
     sync.gate.reached()
     for _ in range(waiters):
         jobs.append(Job(commit.flush))
         waits.come()
-    return commit, waits, jobs
+    return commit, jobs
 
 
 def failure(job: Job) -> StorageError:
@@ -58,9 +106,9 @@ def test_alone() -> None:
 
 
 @pytest.mark.parametrize("waiters", [1, 2, 7])
-def test_one_sync_for_all_that_wait(waiters: int) -> None:
+def test_one_sync_for_all_that_wait(waits: Waits, waiters: int) -> None:
     sync = Sync()
-    _, _, jobs = start(sync, waiters)
+    _, jobs = start(sync, waits, waiters)
     sync.gate.open()
     jobs[0].result()
     sync.gate.reached()  # the second sync
@@ -71,10 +119,10 @@ def test_one_sync_for_all_that_wait(waiters: int) -> None:
     assert sync.count == 2
 
 
-def test_flush_during_a_sync_waits_for_the_next() -> None:
+def test_flush_during_a_sync_waits_for_the_next(waits: Waits) -> None:
     """The running sync may have missed what was written before the later flush was asked for."""
     sync = Sync()
-    commit, waits, (a, b) = start(sync, 1)
+    commit, (a, b) = start(sync, waits, 1)
     sync.gate.open()
     a.result()
     sync.gate.reached()
@@ -90,10 +138,10 @@ def test_flush_during_a_sync_waits_for_the_next() -> None:
     assert sync.count == 3
 
 
-def test_lock_is_free_during_the_sync() -> None:
+def test_lock_is_free_during_the_sync(waits: Waits) -> None:
     sync = Sync()
-    commit, _, (a,) = start(sync, 0)
-    with commit._cond:
+    commit, (a,) = start(sync, waits, 0)
+    with commit._lock:
         pass
     sync.gate.open()
     a.result()
@@ -101,9 +149,9 @@ def test_lock_is_free_during_the_sync() -> None:
 
 @pytest.mark.parametrize("waiters", [0, 1, 5])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-def test_failure_is_sticky(waiters: int, code: int) -> None:
+def test_failure_is_sticky(waits: Waits, waiters: int, code: int) -> None:
     sync = Sync({1: StorageError("cannot flush x", OSError(code, "no"))})
-    commit, _, jobs = start(sync, waiters)
+    commit, jobs = start(sync, waits, waiters)
     sync.gate.open()
     errors = [failure(job) for job in jobs]
     for _ in range(2):
@@ -116,10 +164,10 @@ def test_failure_is_sticky(waiters: int, code: int) -> None:
     assert sync.count == 1  # a repeated sync that succeeds proves nothing
 
 
-def test_failure_of_a_later_sync() -> None:
+def test_failure_of_a_later_sync(waits: Waits) -> None:
     """Who was served by the first sync keeps its success, all others fail."""
     sync = Sync({2: StorageError("broken", code=errno.EIO)})
-    commit, waits, (a, b, c) = start(sync, 2)
+    commit, (a, b, c) = start(sync, waits, 2)
     sync.gate.open()
     a.result()
     sync.gate.reached()
@@ -131,25 +179,74 @@ def test_failure_of_a_later_sync() -> None:
     assert sync.count == 2
 
 
-def test_unexpected_exception_is_nobodys_success() -> None:
-    """Whatever ends a sync early, those who waited for that sync were not served by it."""
+def test_unexpected_exception_is_nobodys_success(waits: Waits) -> None:
+    """Whatever ends a sync early, those who waited for that sync were not served by it, nor is anybody later."""
     sync = Sync({2: MemoryError("out of memory")})
-    _, _, jobs = start(sync, 2)
+    commit, jobs = start(sync, waits, 2)
     sync.gate.open()
     jobs[0].result()
     sync.gate.reached()
-    sync.gate.open(2)  # room for a third sync, if the one that is left tries itself
+    sync.gate.open()
     for job in jobs[1:]:
-        job.join(20)
-    failed = [job for job in jobs[1:] if job.error is not None]
-    assert isinstance(failed[0].error, (MemoryError, StorageError))
-    assert len(failed) == 2 or sync.count == 3
+        job.join(WAIT)
+    assert {type(job.error) for job in jobs[1:]} == {MemoryError, StorageError}
+    with pytest.raises(StorageError, match="did not end: MemoryError"):
+        commit.flush()
+    assert sync.count == 2
 
 
-def test_unreachable_server_is_no_lost_write() -> None:
+class Interrupt(BaseException):
+    """What a signal's handler raises."""
+
+
+def once() -> Callable[[], None]:
+    """Interrupts the first who calls it."""
+    interrupts = [Interrupt()]
+
+    def interrupt() -> None:
+        if interrupts:
+            raise interrupts.pop()
+
+    return interrupt
+
+
+def test_another_syncs_for_who_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = Sync()
+    commit, (a, b, c) = start(sync, Waits(monkeypatch, after=once()), 2)
+    sync.gate.open()
+    a.result()  # and one of the two was told to sync
+    sync.gate.reached()
+    sync.gate.open()
+    b.join(WAIT)
+    c.join(WAIT)
+    assert {type(job.error) for job in (b, c)} == {Interrupt, type(None)}
+    sync.gate.open()
+    commit.flush()
+    assert sync.count == 3
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_who_was_interrupted_is_not_told_to_sync(monkeypatch: pytest.MonkeyPatch, others: int) -> None:
+    sync = Sync()
+    waits = Waits(monkeypatch, before=once())
+    commit, (a,) = start(sync, waits, 0)
+    with pytest.raises(Interrupt):
+        commit.flush()
+    jobs = [Job(commit.flush) for _ in range(others)]
+    waits.come(others)
+    sync.gate.open()
+    a.result()
+    sync.gate.open(2)
+    for job in jobs:
+        job.result()
+    commit.flush()
+    assert sync.count == 2 + others
+
+
+def test_unreachable_server_is_no_lost_write(waits: Waits) -> None:
     """Everybody who waited for that sync is told; the next one counts, until one fails for good."""
     sync = Sync({1: UnreachableError("away"), 3: UnreachableError("away again"), 4: StorageError("broken")})
-    commit, waits, jobs = start(sync, 0)
+    commit, jobs = start(sync, waits, 0)
     sync.gate.open()
     assert isinstance(failure(jobs[0]), UnreachableError)
     sync.gate.open()
