@@ -12,6 +12,7 @@ plugin.
     qemu-nbd-threads   the same with --aio=threads, for a QEMU with another default (only with --only)
     nbdkit-file        nbdkit's file plugin, on a raw file of the same content
     nbdkit-null        nbdkit's null plugin, which does nothing: what the others could reach at best
+    nbdkit-python      a plugin in Python that serves a raw file and does nothing else: what Python costs
 
 Images that are read are in the page cache, those that are written to are new in each run.  In the
 first round of each row it is proven, apart from the measurement, that the run did what the row says:
@@ -47,7 +48,7 @@ from bench.rows import (
     DEFAULT_CONTENDERS,
     FLOOR,
     OURS,
-    PREADV,
+    PLAIN,
     QEMU_IO_URING,
     QEMUS,
     RAW,
@@ -182,7 +183,7 @@ class Bench:
         def sample(measured: Measured, cpu: float, rss: int) -> Sample:
             return Sample(**vars(measured), row=row.name, contender=contender, round=round_, cpu=cpu, rss=rss)
 
-        fmt = "raw" if contender in (RAW, FLOOR, PREADV) else "qed"
+        fmt = "raw" if contender in (RAW, FLOOR, PLAIN) else "qed"
         with self.images.for_run(row, fmt) as image:
             if row.work == "check":
                 return sample(*client.check(image))
@@ -212,7 +213,7 @@ def require_tools(contenders: Sequence[str]) -> None:
     needed = ["fio", "qemu-img"]
     if set(QEMUS) & set(contenders):
         needed.append("qemu-nbd")
-    if {OURS, RAW, FLOOR, PREADV} & set(contenders):
+    if {OURS, RAW, FLOOR, PLAIN} & set(contenders):
         needed.append("nbdkit")
     missing = [tool for tool in needed if shutil.which(tool) is None]
     if missing:

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from bench import ratios
 from bench.report import short
 from bench.results import Results
-from bench.rows import CONTENDERS, FLOOR, OURS, PREADV, QEMU, QEMU_IO_URING, QEMU_THREADS, RAW, Row, Sample, amount
+from bench.rows import CONTENDERS, FLOOR, OURS, PLAIN, QEMU, QEMU_IO_URING, QEMU_THREADS, RAW, Row, Sample, amount
 
 INK, FAINT = "#333333", "#dddddd"
 COLOURS = {
@@ -25,7 +25,7 @@ COLOURS = {
     QEMU_IO_URING: "#e9b44c",
     RAW: "#7f7f7f",
     FLOOR: "#bdbdbd",
-    PREADV: "#dbdb8d",
+    PLAIN: "#dbdb8d",
 }
 NAMES = {
     OURS: "this plugin",
@@ -34,7 +34,7 @@ NAMES = {
     QEMU_IO_URING: "qemu-nbd --aio=io_uring",
     RAW: "nbdkit's file plugin, raw",
     FLOOR: "nbdkit's null plugin",
-    PREADV: "Python's preadv, raw",
+    PLAIN: "a plain Python plugin, raw",
 }
 # As ratios.COLUMNS
 BARS = (("to qemu-nbd", COLOURS[QEMU]), ("to the best qemu-nbd", COLOURS[QEMU_IO_URING]), ("to raw", COLOURS[RAW]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench import ratios
 from bench.results import Results
-from bench.rows import CONTENDERS, FLOOR, OURS, PREADV, QEMU, QEMUS, GiB, MiB, Row, Sample
+from bench.rows import CONTENDERS, FLOOR, OURS, PLAIN, QEMU, QEMUS, GiB, MiB, Row, Sample
 from bench.servers import BenchError
 
 BEGIN = "<!-- bench -->"
@@ -104,9 +104,9 @@ def floors(results: Results) -> str:
     return "; ".join(parts)
 
 
-def shares_of_preadv(results: Results) -> str:
-    """What we reach of a Python plugin that only reads a raw file, where that was measured."""
-    shares = {row.title: ratios.ratio(results.samples, row.name, [PREADV]) for row in results.measured_rows(False)}
+def shares_of_plain(results: Results) -> str:
+    """What we reach of a Python plugin that serves a raw file, where that was measured."""
+    shares = {row.title: ratios.ratio(results.samples, row.name, [PLAIN]) for row in results.measured_rows(False)}
     return "; ".join(f"{title}: {short(share)}" for title, share in shares.items() if share is not None)
 
 
@@ -128,11 +128,11 @@ def readme_part(results: Results, chart: str) -> str:
             "What nbdkit and fio can do at all, measured with nbdkit's null plugin in the same run, in thousands of "
             f"requests/s: {limits}."
         )
-    shares = shares_of_preadv(results)
+    shares = shares_of_plain(results)
     if shares:
         paragraphs.append(
-            "What we reach of a plugin in Python that calls `os.preadv` on a raw file and does nothing else, in the "
-            f"same run: {shares}."
+            "What we reach of a plugin in Python that calls `os.preadv`, `os.pwrite` and `os.fdatasync` on a raw "
+            f"file and does nothing else, in the same run: {shares}."
         )
     if chart:
         paragraphs.append(f"![Ratios and scale]({chart})")

@@ -20,8 +20,8 @@ QEMU_THREADS = "qemu-nbd-threads"  # for a QEMU with another default
 QEMU_IO_URING = "qemu-nbd-io_uring"
 RAW = "nbdkit-file"  # nbdkit's file plugin, on a raw file of the same content
 FLOOR = "nbdkit-null"  # nbdkit's null plugin: what nbdkit and the client cost alone
-PREADV = "nbdkit-python"  # preadv.py: what Python costs besides, for reads
-CONTENDERS = (OURS, QEMU, QEMU_IO_URING, RAW, FLOOR, PREADV, QEMU_THREADS)
+PLAIN = "nbdkit-python"  # plain.py: what Python costs besides
+CONTENDERS = (OURS, QEMU, QEMU_IO_URING, RAW, FLOOR, PLAIN, QEMU_THREADS)
 DEFAULT_CONTENDERS = CONTENDERS[:-1]
 QEMUS = (QEMU, QEMU_THREADS, QEMU_IO_URING)
 
@@ -64,9 +64,9 @@ class Row:
             return contender in (OURS, QEMU)
         if contender == FLOOR:
             return self.work == "fio" and self.image in ("full", "copy")
-        if contender == PREADV:
-            return self.work in ("fio", "copy-out", "open") and self.image == "full" and not self.curve
-        if contender == RAW:
+        if contender == PLAIN and self.curve:
+            return False
+        if contender in (RAW, PLAIN):
             return self.image in ("full", "copy", "empty", "target") or bool(self.curve and self.image != "filled")
         return True
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.rows import FLOOR, OURS, PREADV, QEMU, QEMU_IO_URING, QEMU_THREADS, RAW, KiB
+from bench.rows import FLOOR, OURS, PLAIN, QEMU, QEMU_IO_URING, QEMU_THREADS, RAW, KiB
 
 START_TIMEOUT = 20  # seconds
 STOP_TIMEOUT = 60  # seconds: a server may have much to flush
@@ -56,8 +56,8 @@ def command(
         return [*nbdkit, "python", str(plugin), f"file={image}", *params]
     if contender == RAW:
         return [*nbdkit, "file", str(image)]
-    if contender == PREADV:
-        return [*nbdkit, "python", str(Path(__file__).with_name("preadv.py")), f"file={image}"]
+    if contender == PLAIN:
+        return [*nbdkit, "python", str(Path(__file__).with_name("plain.py")), f"file={image}"]
     if contender == FLOOR:
         return [*nbdkit, "null", f"size={image.stat().st_size}"]
     aio = {QEMU: [], QEMU_THREADS: ["--aio=threads"], QEMU_IO_URING: ["--aio=io_uring"]}[contender]

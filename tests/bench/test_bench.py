@@ -22,7 +22,7 @@ from bench.rows import (
     FILLS,
     FLOOR,
     OURS,
-    PREADV,
+    PLAIN,
     QEMU,
     QEMU_IO_URING,
     QEMU_THREADS,
@@ -140,7 +140,7 @@ def made_up(**environment: str) -> Results:
         sample(QEMU, 0, 100, rss=2 * MiB),
         sample(QEMU_IO_URING, 0, 150, rss=MiB),
     ]
-    samples += [sample(RAW, 0, 400, rss=MiB), sample(FLOOR, 0, 900, rss=MiB), sample(PREADV, 0, 330, rss=MiB)]
+    samples += [sample(RAW, 0, 400, rss=MiB), sample(FLOOR, 0, 900, rss=MiB), sample(PLAIN, 0, 330, rss=MiB)]
     keys = ("date", "qemu", "nbdkit", "kernel", "cpus", "memory", "file system")
     return Results([Row("r", "a row")], samples, environment={key: key.upper() for key in keys})
 

@@ -1,6 +1,6 @@
 """nbdkit plugin: what Python in nbdkit can do at all.
 
-Reads of a raw file by os.preadv, with what the QED plugin does about threads, and nothing else.
+A raw file through the functions of the os module, with what the QED plugin does about threads, and nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ fd = -1
 
 def config(key: str, value: str) -> None:
     global fd
-    fd = os.open(value, os.O_RDONLY)
+    fd = os.open(value, os.O_RDWR)
 
 
 def thread_model() -> Any:
@@ -58,9 +58,29 @@ def can_multi_conn(h: Seat) -> bool:
     return True
 
 
+def can_write(h: Seat) -> bool:
+    return True
+
+
+def can_flush(h: Seat) -> bool:
+    return True
+
+
 def pread(h: Seat, buf: memoryview, pos: int, flags: int) -> None:
     if not this_thread.moved and running:
         crowd.meet(len(buf), h)
     running.append(None)
     os.preadv(fd, (buf,), pos)
     running.pop()
+
+
+def pwrite(h: Seat, buf: memoryview, pos: int, flags: int) -> None:
+    if not this_thread.moved and running:
+        crowd.meet(len(buf), h)
+    running.append(None)
+    os.pwrite(fd, buf, pos)
+    running.pop()
+
+
+def flush(h: Seat, flags: int) -> None:
+    os.fdatasync(fd)
