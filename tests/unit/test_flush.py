@@ -243,6 +243,25 @@ def test_who_was_interrupted_is_not_told_to_sync(monkeypatch: pytest.MonkeyPatch
     assert sync.count == 2 + others
 
 
+def test_sync_that_does_not_begin_is_nobodys_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    commit = GroupCommit(lambda: calls.append(1))
+    make = flush._Batch
+    fails = [MemoryError("out of memory")]
+
+    def batch() -> Any:
+        if fails:
+            raise fails.pop()
+        return make()
+
+    monkeypatch.setattr(flush, "_Batch", batch)
+    with pytest.raises(MemoryError):
+        commit.flush()
+    for _ in range(2):
+        assert "did not end" in str(failure(Job(commit.flush)))
+    assert not calls
+
+
 def test_unreachable_server_is_no_lost_write(waits: Waits) -> None:
     """Everybody who waited for that sync is told; the next one counts, until one fails for good."""
     sync = Sync({1: UnreachableError("away"), 3: UnreachableError("away again"), 4: StorageError("broken")})
