@@ -104,6 +104,9 @@ def repair_after_crash(
         done.findings += 1
         done.lines.append(f"truncated {storage.size() - result.end} unreferenced bytes at {result.end:#x}")
         bounds.end = result.end
+        # What a server that was killed has written may not be durable: the entries that a crash would bring back may
+        # lead to what is cut off.
+        storage.flush()
         storage.truncate(result.end)
     storage.flush()  # the repair, before the flag that asks for it
     if done.whole:

@@ -174,14 +174,8 @@ class WritableRequests(Requests):
         Empty where the clusters have them already.  Long ones are written, in part, here.
         """
         first, last = extents[0], extents[-1]
-        below = kind is not ZERO and self.backing is not None and pos - into < self.backing.size
-        if not below and first.fresh and last.fresh:
+        if first.fresh and last.fresh and (kind is ZERO or self.backing is None):
             return b"", b""
-        if below and len(view) <= into + rest <= len(ZEROS) - len(view):
-            # One read, although some of it is in vain: that costs less than another system call.
-            data = memoryview(bytearray(into + len(view) + rest))
-            self.read_backing(data, pos - into)
-            return data[:into], data[into + len(view) :]
         return self._prefill(kind, pos - into, into, first), self._postfill(kind, pos + len(view), rest, last)
 
     def _prefill(self, kind: Kind, pos: int, length: int, extent: Extent) -> ReadBuffer:

@@ -58,53 +58,66 @@ class GroupCommit:
             if self._leader is not gate:
                 gate.acquire()
             if not batch.over:
-                self._lead(batch)
-        except BaseException:  # a signal's, or out of memory
-            self._leave(batch, gate)
+                self._lead(batch, gate)
+        except BaseException as error:  # a signal's, or out of memory
+            if batch is not None:
+                self._leave(batch, gate, StorageError(f"a flush did not end: {error!r}"))
             raise
         failure = batch.failure
         if failure is not None:
             raise type(failure)(str(failure), code=failure.errno)
 
-    def _leave(self, batch: _Batch | None, gate: Any) -> None:
-        """The calling thread neither waits nor leads any more."""
+    def _lead(self, batch: _Batch, gate: Any) -> None:
+        """Sync for the batch, which is the next one."""
         with self._lock:
-            if batch is not None and not batch.over and gate in batch.gates:
-                batch.gates.remove(gate)
-            leads = self._leader is gate
-        if leads:
-            self._pass_on()
-
-    def _lead(self, batch: _Batch) -> None:
-        """Sync for the batch, which is the next one, and wake those who wait."""
-        failure: StorageError | None
-        try:
-            with self._lock:
-                self._next = _Batch()  # who comes from here on may have written after the sync began
-                failure = self._failure
-            if failure is None:
+            self._next = _Batch()  # who comes from here on may have written after the sync began
+            failure = self._failure
+        if failure is None:
+            try:
                 self._sync()
-        except StorageError as error:
-            failure = error
-        except BaseException as error:
-            failure = StorageError(f"a flush did not end: {error!r}")
-            raise
-        finally:
-            with self._lock:
-                if self._next is batch:  # it did not come to its sync
-                    self._next = _Batch()
+            except StorageError as error:
+                failure = error
+        self._end(batch, gate, failure)
+
+    # After an exception, which may come anywhere, each step of these may be done again.
+
+    def _leave(self, batch: _Batch, gate: Any, failure: StorageError) -> None:
+        """The calling thread neither waits nor leads any more: do what others wait for."""
+        with self._lock:
+            leads = self._leader is gate
+            began = self._next is not batch
+            if not batch.over and gate in batch.gates:
+                batch.gates.remove(gate)
+        if batch.over or (leads and began):
+            self._end(batch, gate, failure)
+        elif leads:
+            self._pass_on(gate)
+
+    def _end(self, batch: _Batch, gate: Any, failure: StorageError | None) -> None:
+        """The batch's sync is over: wake who makes the next one, then those who waited for this one."""
+        with self._lock:
+            if not batch.over:
                 batch.failure = failure
-                batch.over = True
                 if failure is not None and not isinstance(failure, UnreachableError):
                     self._failure = failure
-            self._pass_on()
-            for gate in batch.gates:
-                gate.release()
+                batch.over = True
+        self._pass_on(gate)
+        for waiting in batch.gates:
+            _open(waiting)
 
-    def _pass_on(self) -> None:
-        """Have one of those who wait for the next sync make it."""
+    def _pass_on(self, gate: Any) -> None:
+        """If the thread with this gate leads, have one of those who wait for the next sync do so."""
         with self._lock:
-            gates = self._next.gates
-            self._leader = gate = gates.pop() if gates else None
-        if gate is not None:
-            gate.release()
+            waiting = self._next.gates
+            if self._leader is gate:
+                self._leader = waiting[-1] if waiting else None
+            leader = self._leader
+            if leader in waiting:
+                waiting.remove(leader)
+        if leader is not None:
+            _open(leader)
+
+
+def _open(gate: Any) -> None:
+    if gate.locked():
+        gate.release()

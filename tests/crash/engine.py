@@ -325,8 +325,11 @@ def record(
         for phase in range(phases):
             if phase:
                 # After an error a flush may fail for ever, and with it what is done to the open image.
-                todo = rng.choice(("nothing", "reopen", "leaks", "all", "compact", "tidy")[: 4 if errors else 6])
-                if todo == "compact":
+                whatever = ("nothing", "kill", "reopen", "leaks", "all", "compact", "tidy")
+                todo = rng.choice(whatever[: 5 if errors else 7])
+                if todo == "kill":
+                    image = reopened()
+                elif todo == "compact":
                     compact.compact(image, zeros=rng.random() < 0.5)
                 elif todo == "tidy":
                     compact.tidy(image)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from crash.engine import LIMITS, MIX, SHAPES, CommittedFlushes, Setup, check, record
+from crash.engine import IMAGE, LIMITS, MIX, SHAPES, CommittedFlushes, History, Setup, check, record, stamp
+from crash.guest import SECTOR
 from crash.offline import KINDS, Offline
 from crash.schedule import Deadlock, Scheduler, _Condition
 from support.crashes import RecordedFile
@@ -28,6 +29,7 @@ from qedcore.errors import QEDError, StorageError
 from qedcore.image import QEDImage
 from qedcore.in_flight import InFlight
 from qedcore.locks import KeyedLocks
+from qedcore.storage.file import CacheMode
 from qedcore.storage.flush import GroupCommit
 from qedcore.table import Table, TableIO
 from qedcore.write import WritableRequests
@@ -63,6 +65,30 @@ def test_power_loss_offline(tmp_path: Path, kind: str, seed: str) -> None:
         (tmp_path / str(number)).mkdir()
         states += Offline(tmp_path / str(number), rng, kind).check(subsets=1)
     assert states > 4
+
+
+def test_power_loss_after_a_kill(tmp_path: Path, rng: random.Random) -> None:
+    """The repair cuts off what the killed server had unlinked; its entry may come back all the same."""
+    setup = Setup(tmp_path, SHAPES["4K/1"], True, layout=dict.fromkeys(range(8), "data"))
+    history = History(setup)
+    sectors = range(8 * 8, 9 * 8)
+
+    def change(data: bytes, request: Callable[[bytes], None]) -> None:
+        write = history.tell("begin", sectors.start, data)
+        request(data)
+        history.tell("end", write)
+
+    image = setup.open(history.world.open(IMAGE, True, CacheMode()))
+    pos = sectors.start * SECTOR
+    change(b"".join(stamp(1, sector) for sector in sectors), lambda data: image.pwrite(data, pos))
+    began = history.tell("begin_flush")
+    image.flush()
+    history.tell("end_flush", began)
+    change(bytes(len(sectors) * SECTOR), lambda data: image.zero(pos, len(data), may_trim=True))
+    size = len(history.world.files[IMAGE])
+    setup.open(history.world.open(IMAGE, True, CacheMode())).close()
+    assert len(history.world.files[IMAGE]) < size
+    check(setup, history, rng)
 
 
 # -- hazards, most of them of QEMU's driver, put in one by one: each must be caught ----------------------------------
@@ -255,7 +281,7 @@ def flush_joins_a_running_sync(patch: pytest.MonkeyPatch) -> None:
     """Which may have missed what was written since it began."""
     lead = GroupCommit._lead
 
-    def joined(commit: GroupCommit, batch: Any) -> None:
+    def joined(commit: GroupCommit, batch: Any, gate: Any) -> None:
         sync = commit._sync
 
         def open_for_all() -> None:
@@ -264,7 +290,7 @@ def flush_joins_a_running_sync(patch: pytest.MonkeyPatch) -> None:
 
         commit._sync = open_for_all
         try:
-            lead(commit, batch)
+            lead(commit, batch, gate)
         finally:
             commit._sync = sync
 
@@ -434,7 +460,7 @@ def test_deadlock_is_found() -> None:
 def test_a_lost_wakeup_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cls: type[object], method: str
 ) -> None:
-    monkeypatch.setattr(cls, method, lambda self: None)
+    monkeypatch.setattr(cls, method, lambda *args: None)
     setup = Setup(tmp_path, SHAPES["4K/1"], True)
     with pytest.raises(Deadlock):
         for seed in range(20):

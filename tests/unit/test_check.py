@@ -300,11 +300,13 @@ def test_clusters_after_the_repair_do_not_collide(image: Image) -> None:
     ids=["tail", "crash", "wild", "shared"],
 )  # fmt: skip
 def test_order_of_repair(image: Image, entries: dict[int, Any], cut: bool, cleared: bool) -> None:
-    """The repair is durable before the flag that asks for it goes, and that before anything else is done."""
+    """What was found is durable before anything is cut off, the repair before the flag that asks for it goes, and
+    that before anything else is done.
+    """
     built = image(**dirty({"layout": "DD", "leaks": 2, "entries": entries}))
     img, tap = open_tapped(built.path)
     fixed = int(bool(entries) and cleared)  # those of one table with one write
-    want = ["pwrite"] * fixed + ["truncate"] * cut + ["flush"] + ["pwrite", "flush"] * cleared
+    want = ["pwrite"] * fixed + ["flush", "truncate"] * cut + ["flush"] + ["pwrite", "flush"] * cleared
     assert [call.name for call in tap.log] == want
     assert [call.offset for call in tap.log if call.name == "pwrite"][fixed:] == [0] * cleared
     img.close()
