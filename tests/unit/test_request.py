@@ -784,6 +784,27 @@ def test_reused_cluster_shows_nothing_old(tapped: Tapped, layout: str, backing: 
         assert_same(file.read(0, 4 * CS), want)
 
 
+@pytest.mark.parametrize(("old", "hole"), [(20, 3), (3, 20)], ids=["hole first", "hole last"])
+def test_old_data_beside_a_hole(tapped: Tapped, old: int, hole: int) -> None:
+    """A write gets two clusters that are apart: one reads as zeros, the other has what a failed write left there."""
+    img, tap, built = tapped(layout=dict.fromkeys(range(40), "data"), size=8 * MiB)
+    img.trim(old * CS, CS)
+    img.flush()
+    tap.hook = FailAt(1, ["pwrite"], errno.ENOSPC, late=True)
+    with pytest.raises(StorageError):
+        img.pwrite(b"old!" * (CS // 4), 50 * CS)
+    tap.hook = None
+    img.trim(hole * CS, CS)
+    img.flush()
+    assert img._allocator.free_clusters == 2
+    data = stamp(5, 0, CS)
+    img.pwrite(data, 60 * CS + 100)
+    assert img._allocator.free_clusters == 0
+    assert_same(img.pread(2 * CS, 60 * CS), bytes(100) + data + bytes(CS - 100))
+    img.close()
+    assert_sound(built.path)
+
+
 # Failed calls: every call of a request fails once
 
 
