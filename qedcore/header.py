@@ -217,6 +217,7 @@ class HeaderUpdater:
             if offset + len(data) <= SECTOR:
                 self._write(header, data)  # one sector: all of it or nothing
             else:
+                self._storage.flush()  # the present header: an older one may still have its name there
                 self._storage.pwrite(data, offset)
                 self._storage.flush()  # the name before the header that points at it
                 self._write(header)

@@ -85,6 +85,10 @@ def rebase(
             image.add_zero_clusters(pos, len(data))
         else:
             image.pwrite(data, pos)
+    layer = new
+    while layer is not None:
+        layer.storage.flush()  # perhaps just copied: what was found there is relied on from here on
+        layer = layer.backing
     image.flush()  # the copies, before the name that they stand in for (I1)
     with image.maintenance() as metadata:
         metadata.header.set_backing(name, raw)

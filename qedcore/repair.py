@@ -130,6 +130,7 @@ class Repair:
 
     def run(self, everything: bool) -> Outcome:
         """-r all, or -r leaks."""
+        self._storage.flush()  # what a killed program wrote, before any repair that relies on it
         headers = correct_invalid_header(self._storage, self._say) if everything else 0
         header, geometry, bounds = read_header(self._storage)
         self._open(header, geometry, bounds)
