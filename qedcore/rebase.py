@@ -7,6 +7,7 @@ I2. The name changes at once, also in a crash (HeaderUpdater.set_backing), and n
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from itertools import groupby
@@ -15,7 +16,7 @@ from typing import Callable
 from .backing import BackingPolicy
 from .chain import open_source
 from .cluster import FOUND, ZERO
-from .errors import RequestError
+from .errors import RequestError, StorageError
 from .geometry import DEFAULT_CLUSTER_SIZE, MiB, round_up
 from .header import HeaderUpdater, place_for_name, read_header
 from .image import QEDImage
@@ -87,11 +88,19 @@ def rebase(
             image.pwrite(data, pos)
     layer = new
     while layer is not None:
-        layer.storage.flush()  # perhaps just copied: what was found there is relied on from here on
+        _make_durable(layer.storage)  # perhaps just copied: what was found there is relied on from here on
         layer = layer.backing
     image.flush()  # the copies, before the name that they stand in for (I1)
     with image.maintenance() as metadata:
         metadata.header.set_backing(name, raw)
+
+
+def _make_durable(storage: Storage) -> None:
+    try:
+        storage.flush()
+    except StorageError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # on a read-only file system: it is
+            raise
 
 
 def _differences(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from support.qed_image import F_BACKING_FILE, F_NO_PROBE, Built, QedFile, assert
 
 import qedcore
 from qedcore.chain import close_source, open_source
-from qedcore.errors import QEDError, RequestError, UnsupportedError
+from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
 from qedcore.rebase import change_name, open_base, rebase
 
 CS = 4 * KiB
@@ -44,6 +46,37 @@ def rebased(path: Path, name: str | None, format: str | None = "raw", **options:
 
 
 SIZES = {"equal": SIZE, "shorter": 5 * CS + 700, "longer": 40 * CS, "empty": 0, "a sector": 512, "odd": 7 * CS + 1}
+
+
+@pytest.mark.parametrize(("code", "works"), [(errno.EINVAL, True), (errno.EROFS, True), (errno.EIO, False)])
+def test_new_base_that_cannot_be_flushed(
+    image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, works: bool
+) -> None:
+    """Nor need it be on a read-only file system; an error leaves the old base."""
+    path = image(**SMALL, size=SIZE, layout="D", backing="old", no_probe=True).path
+    raw(tmp_path / "old", SIZE, 9)
+    new = raw(tmp_path / "new", SIZE, 9)
+    before = guest(path)
+    sync = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        if os.path.sameopenfile(fd, probe):
+            raise OSError(code, os.strerror(code))
+        sync(fd)
+
+    with new.open("rb") as file:
+        probe = file.fileno()
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        if works:
+            rebased(path, "new")
+        else:
+            with pytest.raises(StorageError):
+                rebased(path, "new")
+        monkeypatch.undo()
+    with QedFile(path) as oracle:
+        assert oracle.backing_name == ("new" if works else "old")
+    assert_same(guest(path), before)
+    assert_sound(path)
 
 
 @pytest.mark.parametrize("new", [*SIZES.values(), None], ids=[*SIZES, "nothing"])
