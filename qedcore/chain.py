@@ -16,7 +16,7 @@ from .fixed_size import as_file
 from .header import FEATURE_NO_PROBE
 from .image import DEFAULT_L2_CACHE, Parts, QEDImage
 from .in_flight import InFlight
-from .request import Source
+from .request import Source, layers
 from .storage import Storage
 from .storage.file import CacheMode, FileStorage, cache_mode, is_uri, open_storage
 from .storage.lock import LockedError
@@ -309,6 +309,5 @@ def open_source(
 
 def close_source(source: Source | None) -> None:
     """Close the files of a chain that was opened read-only."""
-    while source is not None:
-        source.storage.close()
-        source = source.backing
+    for layer in layers(source):
+        layer.storage.close()

@@ -20,7 +20,7 @@ from .header import Header, HeaderUpdater, read_backing_name, read_header
 from .in_flight import InFlight
 from .l2_cache import L2Cache
 from .locks import Rank, ranked_lock
-from .request import ClosedRequests, Requests, Source
+from .request import ClosedRequests, Requests, Source, layers
 from .storage import ReadBuffer, Storage, WriteBuffer
 from .table import TableIO
 from .write import WritableRequests
@@ -302,10 +302,8 @@ class QEDImage:
                 if self.header.need_check:
                     self._log(f"{self.storage.name}: NEED_CHECK stays set, for the next writable open to repair")
         finally:
-            layer: Source | None = self
-            while layer is not None:
+            for layer in layers(self):
                 layer.storage.close()
-                layer = layer.backing
 
     def _check_open(self) -> None:
         if self._closed:

@@ -7,7 +7,6 @@ I2. The name changes at once, also in a crash (HeaderUpdater.set_backing), and n
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from itertools import groupby
@@ -16,11 +15,11 @@ from typing import Callable
 from .backing import BackingPolicy
 from .chain import open_source
 from .cluster import FOUND, ZERO
-from .errors import RequestError, StorageError
+from .errors import RequestError
 from .geometry import DEFAULT_CLUSTER_SIZE, MiB, round_up
 from .header import HeaderUpdater, place_for_name, read_header
 from .image import QEDImage
-from .request import Source, find_data, read_chain
+from .request import Source, find_data, layers, read_chain
 from .storage import Storage
 from .storage.file import CacheMode, open_storage
 from .storage.lock import LockedError
@@ -76,31 +75,18 @@ def rebase(
     """
     if name:
         place_for_name(image.header, len(os.fsencode(name)))
-    layer = new
-    while layer is not None:
-        if layer.storage.identity() == image.storage.identity():
-            raise LoopError(name)
-        layer = layer.backing
+    if any(layer.storage.identity() == image.storage.identity() for layer in layers(new)):
+        raise LoopError(name)
     for kind, pos, data in _differences(image, new, progress):
         if kind is ZERO:
             image.add_zero_clusters(pos, len(data))
         else:
             image.pwrite(data, pos)
-    layer = new
-    while layer is not None:
-        _make_durable(layer.storage)  # perhaps just copied: what was found there is relied on from here on
-        layer = layer.backing
+    for layer in layers(new):
+        layer.storage.flush()  # perhaps just copied: what was found there is relied on from here on
     image.flush()  # the copies, before the name that they stand in for (I1)
     with image.maintenance() as metadata:
         metadata.header.set_backing(name, raw)
-
-
-def _make_durable(storage: Storage) -> None:
-    try:
-        storage.flush()
-    except StorageError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS):  # on a read-only file system: it is
-            raise
 
 
 def _differences(

@@ -45,6 +45,13 @@ class Source(Protocol):
         ...
 
 
+def layers(source: Source | None) -> Iterator[Source]:
+    """A chain, from `source` down."""
+    while source is not None:
+        yield source
+        source = source.backing
+
+
 def find_layer(layer: Source | None, pos: int, length: int) -> tuple[Source | None, int, int]:
     """Who has the bytes at pos, from `layer` down: (layer, offset in its storage, bytes); (None, 0, bytes) for zeros.
 

@@ -81,6 +81,7 @@ class FileStorage:
     def __init__(self, path: str | os.PathLike[str], writable: bool, mode: CacheMode = CacheMode()) -> None:
         self.name = os.fspath(path)
         self.fd = -1
+        self._writable = writable
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
         flags |= self.open_flags
         try:
@@ -208,6 +209,8 @@ class FileStorage:
         try:
             os.fdatasync(self.fd)
         except OSError as error:
+            if not self._writable and error.errno in (errno.EINVAL, errno.EROFS):
+                return  # a read-only file system, where all is durable
             raise StorageError(f"cannot flush {self.name}", error) from None
 
     def _ignore_flush(self) -> None:

@@ -385,6 +385,25 @@ def test_unsafe_does_not_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         storage.close()
 
 
+@pytest.mark.parametrize("writable", [False, True])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EROFS, errno.EIO])
+def test_flush_on_a_read_only_file_system(
+    open_file: Open, monkeypatch: pytest.MonkeyPatch, writable: bool, code: int
+) -> None:
+    """Some cannot sync: there is nothing to."""
+    storage = open_file(b"a", writable=writable)
+
+    def fail(fd: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    if writable or code == errno.EIO:
+        with pytest.raises(StorageError, match="cannot flush"):
+            storage.flush()
+    else:
+        storage.flush()
+
+
 def test_failed_flush_is_never_forgotten(open_any: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_any(bytes(4096))
 
