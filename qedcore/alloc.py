@@ -61,6 +61,7 @@ class Allocator:
     def __init__(self, storage: Storage, geometry: Geometry, bounds: Bounds, in_flight: InFlight) -> None:
         self._storage = storage
         self._geometry = geometry
+        self._cluster_size = geometry.cluster_size
         self._bounds = bounds
         self._in_flight = in_flight
         self._lock = ranked_lock(Rank.ALLOCATOR)
@@ -94,22 +95,29 @@ class Allocator:
         with self._lock:
             found = self._free.take(n) if self._free.n else None
             if found is None:
-                return self._append(n)
+                return Extent(self._append(n), n, True)
             cluster, n, state = found
             return Extent(cluster << self._geometry.l2_shift, n, state == CLEAN)
 
     def allocate_table(self) -> Extent:
         """A place for an L2 table, fresh.  Raises StorageError."""
+        n = self._geometry.table_size
         with self._lock:
-            return self._append(self._geometry.table_size)
+            return Extent(self._append(n), n, True)
 
-    def _append(self, n: int) -> Extent:
+    def append_cluster(self) -> int:
+        """allocate(1) in fewer steps: the offset of a fresh cluster; 0 if a freed one should be used instead."""
+        with self._lock:
+            return 0 if self._free.n or self.pending else self._append(1)
+
+    def _append(self, n: int) -> int:
+        """File offset of n fresh clusters."""
         offset = self._bounds.end
-        end = offset + n * self._geometry.cluster_size
+        end = offset + n * self._cluster_size
         if end > self._grown:
             self._grow(offset, end)
         self._bounds.end = end
-        return Extent(offset, n, True)
+        return offset
 
     def _grow(self, end: int, wanted: int) -> None:
         self.before_growth()
@@ -257,9 +265,10 @@ def _joined(extents: list[Extent], cluster_size: int) -> list[Extent]:
 class NeedCheckGate:
     """The dirty period (I3, I4).  Every allocating request runs inside `with gate:`.
 
-    The condition protects all fields but `_inside`; it is not held across I/O: `_changing` keeps the others waiting.
-    I6. A request that finds the gate open takes no lock: it notes itself in `_inside`, then looks at `_open`.  Who
-        shuts the gate clears `_open`, then looks at `_inside`.  So one of them sees the other; each step is one call
+    The condition protects all fields but `inside`; it is not held across I/O: `_changing` keeps the others waiting.
+    `inside` and `open` are for requests that must be fast: they do these steps of __enter__() themselves.
+    I6. A request that finds the gate open takes no lock: it notes itself in `inside`, then looks at `open`.  Who
+        shuts the gate clears `open`, then looks at `inside`.  So one of them sees the other; each step is one call
         or store, atomic under the interpreter's lock.
     `clock` counts seconds.
     """
@@ -274,8 +283,8 @@ class NeedCheckGate:
         self._cond = ranked_condition(Rank.GATE)
         self._dirty = header.header.need_check  # NEED_CHECK is set and durable
         self._changing = False  # a thread is setting or clearing it
-        self._open = self._dirty  # dirty, and nobody is changing that
-        self._inside: list[None] = []  # an item per allocating request
+        self.open = self._dirty  # dirty, and nobody is changing that
+        self.inside: list[None] = []  # an item per allocating request
         self._failed = False  # I4
         self._others: ForeignWriterError | None = None  # somebody else writes to the image (I5)
         self._last_use = clock()  # seconds
@@ -284,14 +293,18 @@ class NeedCheckGate:
         allocator.before_growth = self.refuse_others
 
     def __enter__(self) -> None:
-        self._inside.append(None)
-        if not self._open:
-            self._inside.pop()
+        self.inside.append(None)
+        if not self.open:
+            self.inside.pop()
             self._begin()
 
     def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """The request that is noted in `inside` is over."""
         self._last_use = self._clock()
-        self._inside.pop()
+        self.inside.pop()
 
     def _begin(self) -> None:
         """Enter when the gate is open, or open it: begin the dirty period."""
@@ -301,7 +314,7 @@ class NeedCheckGate:
             if self._others is not None:
                 raise ForeignWriterError(str(self._others))
             if self._dirty:
-                self._inside.append(None)
+                self.inside.append(None)
                 return
             self._changing = True
         try:
@@ -313,13 +326,13 @@ class NeedCheckGate:
         except BaseException:
             self._settle(dirty=False)
             raise
-        self._inside.append(None)
+        self.inside.append(None)
         self._settle(dirty=True)
 
     def _settle(self, dirty: bool) -> None:
         with self._cond:
             self._dirty = dirty
-            self._open = dirty and self._others is None
+            self.open = dirty and self._others is None
             self._changing = False
             self._last_use = self._clock()
             self._cond.notify_all()
@@ -327,16 +340,16 @@ class NeedCheckGate:
     def _shut(self, idle: float) -> bool:
         """Let nobody in any more, if nobody is inside and has been for `idle` seconds; _settle() ends it."""
         with self._cond:
-            if not self._open or self._clock() - self._last_use < idle:
+            if not self.open or self._clock() - self._last_use < idle:
                 return False
-            self._open = False
+            self.open = False
             # In this order: who is inside says without a lock that it has failed, and then leaves (I4).  Not with
             # "or", which would look at the list twice.
-            self._changing = not self._inside and not self._failed
+            self._changing = not self.inside and not self._failed
             if not self._changing:
-                self._open = True
+                self.open = True
                 if self._others is not None:  # somebody inside has noticed meanwhile (I5)
-                    self._open = False
+                    self.open = False
             return self._changing
 
     def fail(self) -> None:
@@ -352,7 +365,7 @@ class NeedCheckGate:
             self._header.refuse_others(mark=self._dirty)
         except ForeignWriterError as error:
             self._others = error
-            self._open = False
+            self.open = False
             self._allocator.reuse, self._allocator.sole_users = False, None
             self.fail()
             raise
@@ -401,7 +414,7 @@ class NeedCheckGate:
                     continue
                 # Not woken by each allocation: it looks again when the oldest possible deadline is over.
                 remaining = self._last_use + IDLE_SECONDS - self._clock()
-                if self._inside or self._changing or remaining > 0:
+                if self.inside or self._changing or remaining > 0:
                     self._cond.wait(max(remaining, 0.1))
                     continue
             try:

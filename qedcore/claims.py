@@ -1,51 +1,60 @@
-"""Clusters that somebody is about to give data or hide: nobody else may do so meanwhile.
+"""Clusters that somebody is about to give data: nobody else may do so meanwhile.
 
     claim | look up again | allocate, data, [flush] | L2 lock: link | give the claim up
 
 So the data and the flush of writes to different clusters of one L2 table overlap.
-I1. Claims do not overlap.  An entry that is not FOUND is changed only under a claim, so what a look-up under it
-    finds stays as it is, except that a missing L2 table may be made.
-I2. Who wants what another has claimed waits for the end of that claim, holding neither locks nor a claim.
+I1. A guest cluster has one claim at most.  An entry gets data only under a claim, so what has none when it is looked
+    up under the claim has none until that ends.  It may become a zero cluster, and a missing L2 table may be made.
+I2. Who wants what another has claimed waits until that is given up, holding neither locks nor a claim.
+I3. Only who waits, or wakes others, takes the lock; all else is one call on `claimed`, atomic under the interpreter's
+    lock.  Who waits notes itself in `waiting`, then looks at `claimed`; who gives a claim up does so, then looks at
+    `waiting`.  So one of them sees the other.
 """
 
 from __future__ import annotations
 
 import threading
-
-Claim = tuple[int, int]  # guest clusters [first, end)
+from itertools import repeat
+from threading import get_ident
 
 
 class Claims:
-    """All claims on one image.  The lock protects what is below it: a leaf, never held while waiting."""
+    """All claims on one image.  A thread has one run of guest clusters at most."""
 
     def __init__(self) -> None:
+        self.claimed: dict[int, int] = {}  # guest cluster -> identifier of the thread that has it
+        self.waiting = 0  # threads; _lock
         self._lock = threading.Lock()
         self._given_up = threading.Condition(self._lock)
-        self._waiting = 0  # threads
-        self._claims: list[Claim] = []  # as many as there are threads that write, at most
 
-    def take(self, first: int, end: int) -> Claim:
-        """Claim guest clusters [first, end), waiting until they are free."""
-        claim = first, end
+    def take(self, first: int, end: int) -> None:
+        """Claim guest clusters [first, end), waiting until they are free.  After any error give_up() all of them."""
+        clusters, me = range(first, end), get_ident()
+        while True:
+            owners = list(map(self.claimed.setdefault, clusters, repeat(me)))
+            if owners.count(me) == len(owners):
+                return
+            self.give_up(first, end)
+            self._wait(next(cluster for cluster, owner in zip(clusters, owners) if owner != me))
+
+    def _wait(self, cluster: int) -> None:
         with self._lock:
-            while True:
-                for start, stop in self._claims:
-                    if start < end and first < stop:
-                        break
-                else:
-                    self._claims.append(claim)
-                    return claim
-                self._wait()
+            self.waiting += 1
+            try:
+                while cluster in self.claimed:
+                    self._given_up.wait()
+            finally:
+                self.waiting -= 1
 
-    def _wait(self) -> None:
-        self._waiting += 1
-        try:
-            self._given_up.wait()
-        finally:
-            self._waiting -= 1
+    def give_up(self, first: int, end: int) -> None:
+        """The calling thread's claim on guest clusters [first, end) ends, as far as it has one."""
+        claimed, me = self.claimed, get_ident()
+        for cluster in [cluster for cluster in range(first, end) if claimed.get(cluster) == me]:
+            del claimed[cluster]
+        if self.waiting:
+            self.wake()
 
-    def give_up(self, claim: Claim) -> None:
+    def wake(self) -> None:
+        """Claims were given up while others wait."""
         with self._lock:
-            self._claims.remove(claim)
-            if self._waiting:
-                self._given_up.notify_all()
+            self._given_up.notify_all()

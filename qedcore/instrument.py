@@ -214,7 +214,7 @@ class TracedGate(_Probed, NeedCheckGate):
 
     def __exit__(self, *args: object) -> None:
         super().__exit__(*args)
-        if not self._inside:
+        if not self.inside:
             self.probe.start_timer(id(self._storage))
 
     def clear(self, idle: float = 0.0) -> bool:
@@ -271,9 +271,9 @@ class TracedWritableRequests(TracedRequests, WritableRequests):
         cluster = offset - (pos & self._cluster_mask) if kind is FOUND else 0
         probe.trace("qed_aio_write_data", id(self._storage), probe.acb, int(kind), cluster, len(view))
 
-    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> None:
+    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> bool:
         self._next_write(kind, 0, view, pos)  # looked up again
-        super()._allocating_write(kind, view, pos)
+        return super()._allocating_write(kind, view, pos)
 
     def surround(
         self, kind: Kind, view: memoryview, pos: int, into: int, rest: int, extents: list[Extent]

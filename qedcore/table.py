@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
     Table = array
 
-_PER_SECTOR = SECTOR // ENTRY  # entries
+_PER_SECTOR = SECTOR // ENTRY  # entries; a power of 2
 _SWAP = sys.byteorder == "big"
 _BLANK = bytes(MAX_PART_SIZE)
 SMALL = 64 * KiB  # bytes: reading this is no slower than asking whether it is a hole
@@ -58,10 +58,9 @@ class TableIO:
 
         `table` itself is left alone; the caller publishes the entries when this has succeeded.
         """
-        n = len(entries)
-        first = index - index % _PER_SECTOR
-        sectors = table[first : -(-(index + n) // _PER_SECTOR) * _PER_SECTOR]
-        sectors[index - first : index - first + n] = entries
+        first, end = index & -_PER_SECTOR, index + len(entries)
+        sectors = table[first : end + (-end & (_PER_SECTOR - 1))]
+        sectors[index - first : end - first] = entries
         if _SWAP:
             sectors.byteswap()
         self.storage.pwrite(sectors.tobytes(), offset + first * ENTRY)

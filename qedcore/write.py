@@ -1,7 +1,9 @@
 """Requests that change the image: the write half of the state machine (the 2010 patch, plus zero clusters and trim).
 
 An allocating write:   gate > claim (claims.py) > look up > allocate > data, head, tail > [flush] > L2 lock > link
-New zero clusters:     gate > claim > L2 lock > look up > link
+                       from the start again if a new zero cluster has come between the look-up and the lock
+  of one new cluster:  the same without head, tail and flush, if none of them is needed (_append)
+New zero clusters:     gate > L2 lock > look up > link
 Unlinking zero, trim:  gate > L2 lock > look up > link nothing, or zero clusters > free (alloc.py, I2)
 The L1 lock is taken inside link_table only.  request.py has the kinds of runs.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from threading import get_ident
 
 from .alloc import Allocator, Extent, NeedCheckGate
 from .claims import Claims
@@ -53,15 +56,18 @@ class WritableRequests(Requests):
             into, length, index = pos & self._cluster_mask, len(buf), pos >> self._slice_shift
             table = self._slices.get(index)
             if table is not None and pos + length <= self.size:
+                if index != self._touched:
+                    self._touched = index
+                    self._touch(index)
                 entry = table[(pos >> self._l2_shift) & self._slice_mask]
+                one = into + length <= self._cluster_size
                 if self._lowest <= entry < self._bounds.end and not entry & self._cluster_mask:
-                    if into + length <= self._cluster_size:
-                        if index != self._touched:
-                            self._touched = index
-                            self._touch(index)
+                    if one:
                         self._storage.pwrite(buf, entry + into)
                         return
                 elif entry <= ZERO_CLUSTER and length:
+                    if one and self.backing is None and self._append(buf, pos, into, index):
+                        return
                     view = memoryview(buf)
                     n = self.write_run(NO_CLUSTER, 0, view, pos)
                     if n < length:
@@ -70,6 +76,39 @@ class WritableRequests(Requests):
             self.write(buf, pos)
         finally:
             epoch.pop()
+
+    def _append(self, buf: ReadBuffer, pos: int, into: int, index: int) -> bool:
+        """The short way of an allocating write: to one fresh cluster, which it need not fill.
+
+        There is nothing below the image, so whatever a crash loses of it, its growth included, shows zeros as before,
+        and nothing is flushed.  False: it is not so, or there is somebody to wait for; nothing was done.
+        """
+        gate, claims = self._gate, self._claims
+        cluster, me = pos >> self._l2_shift, get_ident()
+        gate.inside.append(None)
+        try:
+            if not gate.open or claims.claimed.setdefault(cluster, me) != me:
+                return False
+            table = self._slices.get(index)
+            if table is None or table[cluster & self._slice_mask] > ZERO_CLUSTER:
+                return False
+            offset = self._allocator.append_cluster()
+            if not offset:
+                return False
+            try:
+                self._storage.pwrite(buf, offset + into)
+            except BaseException:
+                self._release((Extent(offset, 1, True),))
+                raise
+            with self._clusters.table_locks.hold(pos >> self._l1_shift):
+                self._link(pos, array("Q", (offset,)))
+            return True
+        finally:
+            if claims.claimed.get(cluster) == me:
+                del claims.claimed[cluster]
+                if claims.waiting:
+                    claims.wake()
+            gate.leave()
 
     def write(self, buf: ReadBuffer, pos: int) -> None:
         """The general write: any number of runs."""
@@ -82,26 +121,26 @@ class WritableRequests(Requests):
             pos += n
 
     def write_run(self, kind: Kind, offset: int, view: memoryview, pos: int) -> int:
-        """Write one run; returns the bytes written.  0: somebody else allocated it meanwhile; look it up again."""
+        """Write one run; returns the bytes written.  0: somebody else changed it meanwhile; look it up again."""
         if kind is FOUND:
             self.write_data(offset, view)
             return len(view)
+        first, end = pos >> self._l2_shift, (pos + len(view) + self._cluster_mask) >> self._l2_shift
         with self._gate:
-            claim = self._claims.take(pos >> self._l2_shift, (pos + len(view) + self._cluster_mask) >> self._l2_shift)
             try:
+                self._claims.take(first, end)
                 kind, _, n = self._clusters.lookup(pos, len(view))
                 if kind is FOUND:
                     return 0
-                self._allocating_write(kind, view if n == len(view) else view[:n], pos)
-                return n
+                return n if self._allocating_write(kind, view if n == len(view) else view[:n], pos) else 0
             finally:
-                self._claims.give_up(claim)
+                self._claims.give_up(first, end)
 
     def write_data(self, offset: int, view: memoryview) -> None:
         self._storage.pwrite(view, offset)
 
-    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> None:
-        """Write a run of `kind` that has no data yet.  The gate and a claim are held.
+    def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> bool:
+        """Write a run of `kind` that has no data yet; returns as _link_data.  The gate and a claim are held.
 
         However many pieces of the file it is made of, there is one flush and one write to the table.
         """
@@ -130,7 +169,7 @@ class WritableRequests(Requests):
         except BaseException:
             self._release(extents)
             raise
-        self._link_data(kind, pos, extents, must_flush)
+        return self._link_data(kind, pos, extents, must_flush)
 
     def _write_pieces(
         self, into: int, head: ReadBuffer, view: memoryview, tail: ReadBuffer, extents: list[Extent]
@@ -146,8 +185,11 @@ class WritableRequests(Requests):
         for extent in extents:
             self._allocator.release(extent)
 
-    def _link_data(self, kind: Kind, pos: int, extents: list[Extent], must_flush: bool) -> None:
-        """Link new data clusters for pos, where `kind` was found.  The gate and a claim are held."""
+    def _link_data(self, kind: Kind, pos: int, extents: list[Extent], must_flush: bool) -> bool:
+        """Link new data clusters for pos, where `kind` was found.  The gate and a claim are held.
+
+        False: what is below was hidden meanwhile; they may be filled with it, and are not used.
+        """
         entries = contiguous(extents[0].offset, extents[0].n, self._cluster_size)
         for extent in extents[1:]:
             entries += contiguous(extent.offset, extent.n, self._cluster_size)
@@ -156,7 +198,7 @@ class WritableRequests(Requests):
             with table_lock:
                 if self._clusters.lacks_table(pos):
                     self._link_new_table(pos, entries, extents)
-                    return
+                    return True
             if must_flush:  # another write has made the table meanwhile
                 try:
                     self._storage.flush()
@@ -164,7 +206,16 @@ class WritableRequests(Requests):
                     self._release(extents)
                     raise
         with table_lock:
-            self._link(pos, entries)
+            if kind is ZERO or self.backing is None or not self._hidden(pos, len(entries)):
+                self._link(pos, entries)
+                return True
+        self._release(extents)
+        return False
+
+    def _hidden(self, pos: int, n: int) -> bool:
+        """There are zero clusters among the n from pos on, all in one slice.  L2 lock held."""
+        table, start = self._clusters.table_at(pos), (pos >> self._l2_shift) & self._slice_mask
+        return table is not None and ZERO_CLUSTER in table[start : start + n]
 
     def surround(
         self, kind: Kind, view: memoryview, pos: int, into: int, rest: int, extents: list[Extent]
@@ -286,22 +337,21 @@ class WritableRequests(Requests):
         return head, n - head if end == self.size else max(self._geometry.start_of_cluster(end) - pos - head, 0)
 
     def _link_zero_clusters(self, pos: int, length: int) -> int:
-        """Zero clusters for the run at pos where it has nothing yet; returns as _zero_run.  The gate is held."""
-        claim = self._claims.take(pos >> self._l2_shift, self._geometry.clusters(pos + length))
-        try:
-            with self._clusters.table_locks.hold(pos >> self._l1_shift):
-                kind, _, n = self._clusters.lookup(pos, length)
-                if kind is FOUND:
-                    return 0
-                if kind is not ZERO:
-                    entries = array("Q", (ZERO_CLUSTER,)) * self._geometry.clusters(n)
-                    if kind is NO_TABLE:
-                        self._link_new_table(pos, entries, ())
-                    else:
-                        self._link(pos, entries)
-                return n
-        finally:
-            self._claims.give_up(claim)
+        """Zero clusters for the run at pos where it has nothing yet; returns as _zero_run.  The gate is held.
+
+        They need no claim: who is about to link data there notices (_link_data).
+        """
+        with self._clusters.table_locks.hold(pos >> self._l1_shift):
+            kind, _, n = self._clusters.lookup(pos, length)
+            if kind is FOUND:
+                return 0
+            if kind is not ZERO:
+                entries = array("Q", (ZERO_CLUSTER,)) * self._geometry.clusters(n)
+                if kind is NO_TABLE:
+                    self._link_new_table(pos, entries, ())
+                else:
+                    self._link(pos, entries)
+            return n
 
     def _unlink(self, pos: int, length: int) -> int:
         """Free the whole clusters of a FOUND run, or some; they read as zeros then.  Returns as _zero_run."""

@@ -22,7 +22,7 @@ from support.crashes import RecordedFile
 
 from qedcore import claims
 from qedcore.alloc import Allocator, Extent, NeedCheckGate
-from qedcore.claims import Claim, Claims
+from qedcore.claims import Claims
 from qedcore.cluster import NO_CLUSTER, NO_TABLE, ClusterMap, Kind
 from qedcore.compact import Mover
 from qedcore.errors import QEDError, StorageError
@@ -136,11 +136,11 @@ def clear_under_requests(patch: pytest.MonkeyPatch) -> None:
     shut = NeedCheckGate._shut
 
     def blind(gate: NeedCheckGate, idle: float) -> bool:
-        gate._inside, before = [], gate._inside
+        gate.inside, before = [], gate.inside
         try:
             return shut(gate, idle)  # no other thread runs meanwhile
         finally:
-            gate._inside = before
+            gate.inside = before
 
     patch.setattr(NeedCheckGate, "_shut", blind)
 
@@ -165,11 +165,23 @@ def link_before_data_when_another_made_the_table(patch: pytest.MonkeyPatch) -> N
 
 
 def claim_ignored(patch: pytest.MonkeyPatch) -> None:
-    def take(claims: Claims, first: int, end: int) -> Claim:
-        claims._claims.append((first, end))
-        return first, end
+    class Deaf(dict[int, int]):
+        def setdefault(self, cluster: int, thread: int = 0) -> int:
+            self[cluster] = thread
+            return thread
 
-    patch.setattr(Claims, "take", take)
+    make = Claims.__init__
+
+    def all_mine(claims: Claims) -> None:
+        make(claims)
+        claims.claimed = Deaf()
+
+    patch.setattr(Claims, "__init__", all_mine)
+
+
+def new_zero_cluster_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Who has filled a cluster from the backing file links it over a zero that came meanwhile."""
+    patch.setattr(WritableRequests, "_hidden", lambda requests, *args: False)
 
 
 def prefill_zero_cluster_from_backing(patch: pytest.MonkeyPatch) -> None:
@@ -205,17 +217,6 @@ def publish_before_write(patch: pytest.MonkeyPatch) -> None:
 def links_race_for_a_sector(patch: pytest.MonkeyPatch) -> None:
     """Nobody locks a table: a sector is written with a neighbour that has changed since."""
     patch.setattr(KeyedLocks, "hold", lambda locks, key: nullcontext())
-
-
-def claim_made_without_the_lock(patch: pytest.MonkeyPatch) -> None:
-    """Two threads find no claim, and both make one."""
-    make = Claims.__init__
-
-    def hasty(claims: Claims) -> None:
-        make(claims)
-        claims._lock = nullcontext()
-
-    patch.setattr(Claims, "__init__", hasty)
 
 
 def reuse_before_durable(patch: pytest.MonkeyPatch) -> None:
@@ -306,9 +307,9 @@ def clusters_of_a_failed_link_used_again(patch: pytest.MonkeyPatch) -> None:
     """Their entry may be on disk all the same."""
     link = WritableRequests._link_data
 
-    def thrifty(requests: WritableRequests, kind: Kind, pos: int, extents: list[Extent], must_flush: bool) -> None:
+    def thrifty(requests: WritableRequests, kind: Kind, pos: int, extents: list[Extent], must_flush: bool) -> bool:
         try:
-            link(requests, kind, pos, extents, must_flush)
+            return link(requests, kind, pos, extents, must_flush)
         except StorageError:
             requests._release(extents)
             raise
@@ -367,11 +368,11 @@ HAZARDS: dict[Callable[[pytest.MonkeyPatch], None], Case] = {
     link_before_data: Case(18, spec=OVERLAY),
     link_before_data_when_another_made_the_table: Case(1, spec={**OVERLAY, **NO_TABLES}, threads=6),
     claim_ignored: Case(16),
+    new_zero_cluster_ignored: Case(16, spec=OVERLAY, threads=6, mix=(50, 40, 0, 5, 5, 0), states=1),
     prefill_zero_cluster_from_backing: Case(5, spec=OVERLAY),
     entries_stay_in_memory: Case(5),
     publish_before_write: Case(8, threads=6),
     links_race_for_a_sector: Case(11, threads=6),
-    claim_made_without_the_lock: Case(13, threads=6, share=0.05),
     reuse_before_durable: Case(10),
     reuse_before_hole_is_durable: Case(4),
     used_counts_as_clean: Case(13),

@@ -96,18 +96,24 @@ def test_clusters_of_one_table_run_in_parallel(path: Path, table: int) -> None:
         assert image.pread(3, pos) == image.pread(3, pos + CLUSTER) == b"new"
 
 
-@pytest.mark.parametrize("hiding", [False, True], ids=["write", "zero"])
+def overlay(path: Path) -> None:
+    """Give the image a backing file full of b."""
+    path.with_name("base").write_bytes(b"b" * SIZE)
+    with qedcore.open_image(path) as image, image.maintenance() as metadata:
+        metadata.header.set_backing("base", raw=True)
+
+
 @pytest.mark.parametrize("table", [1, 5], ids=["table exists", "table missing"])
-def test_one_cluster_takes_turns(path: Path, table: int, hiding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_cluster_takes_turns(path: Path, table: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one allocating write is between its data and its entry, others wait for its cluster."""
     hook = Hook()
     inside, leave, waiting = threading.Event(), threading.Event(), threading.Event()
     steps: list[str] = []
     wait = Claims._wait
 
-    def announced(claims: Claims) -> None:
+    def announced(claims: Claims, cluster: int) -> None:
         waiting.set()
-        wait(claims)
+        wait(claims, cluster)
 
     def stop_first(name: str) -> None:
         if name in ("write_aio", "l2_update"):
@@ -117,15 +123,13 @@ def test_one_cluster_takes_turns(path: Path, table: int, hiding: bool, monkeypat
                 assert leave.wait(SECONDS)
 
     monkeypatch.setattr(Claims, "_wait", announced)
-    path.with_name("base").write_bytes(b"b" * SIZE)
-    with qedcore.open_image(path) as image, image.maintenance() as metadata:
-        metadata.header.set_backing("base", raw=True)
+    overlay(path)
     with qedcore.open_image(path, fault=hook) as image:
         hook.call = stop_first
         pos = table * REACH + 9 * CLUSTER
         first = start(lambda: image.pwrite(b"1st", pos))
         assert inside.wait(SECONDS)
-        second = start(lambda: image.zero(pos, CLUSTER) if hiding else image.pwrite(b"2nd", pos + 512))
+        second = start(lambda: image.pwrite(b"2nd", pos + 512))
         assert waiting.wait(SECONDS)
         assert steps == [f"{first.name} write_aio"]
         leave.set()
@@ -134,7 +138,35 @@ def test_one_cluster_takes_turns(path: Path, table: int, hiding: bool, monkeypat
         assert steps == [f"{first.name} write_aio", f"{first.name} l2_update", f"{second.name} write_aio"]
         content = bytearray(b"b" * CLUSTER)
         content[:3], content[512:515] = b"1st", b"2nd"
-        assert image.pread(CLUSTER, pos) == (bytes(CLUSTER) if hiding else content)
+        assert image.pread(CLUSTER, pos) == content
+
+
+@pytest.mark.parametrize("table", [1, 5], ids=["table exists", "table missing"])
+def test_a_zero_does_not_wait_for_a_write_which_then_fills_with_zeros(path: Path, table: int) -> None:
+    """A write has filled its cluster from the backing file when that is hidden: it starts again."""
+    hook = Hook()
+    writing, zeroed = threading.Event(), threading.Event()
+    steps: list[str] = []
+
+    def stop_write(name: str) -> None:
+        if name in ("write_aio", "l2_update"):
+            steps.append(name)
+            if len(steps) == 1:
+                writing.set()
+                assert zeroed.wait(SECONDS)
+
+    overlay(path)
+    with qedcore.open_image(path, fault=hook) as image:
+        hook.call = stop_write
+        pos = table * REACH + 9 * CLUSTER
+        write = start(lambda: image.pwrite(b"new", pos + 512))
+        assert writing.wait(SECONDS)
+        image.zero(pos, CLUSTER)
+        assert image.pread(CLUSTER, pos) == bytes(CLUSTER)
+        zeroed.set()
+        finish(write)
+        assert steps == ["write_aio", "l2_update", "write_aio", "l2_update"]
+        assert image.pread(CLUSTER, pos) == bytes(512) + b"new" + bytes(CLUSTER - 515)
 
 
 def test_readers_and_in_place_writers_do_not_wait(path: Path) -> None:

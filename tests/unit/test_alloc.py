@@ -715,18 +715,18 @@ def test_gate_that_was_shut_while_somebody_came_in(make: Callable[..., Dirty]) -
     dirty = make()
     begin(dirty)
     cleared: list[bool] = []
-    dirty.gate._inside = Interrupted(lambda: cleared.append(dirty.gate.clear()), before=True)
+    dirty.gate.inside = Interrupted(lambda: cleared.append(dirty.gate.clear()), before=True)
     with dirty.gate:
         assert cleared == [True] and dirty.on_disk
         assert dirty.take_log()[-2:] == ["set", "flush"]
-        assert len(dirty.gate._inside) == 1
+        assert len(dirty.gate.inside) == 1
 
 
 def test_gate_stays_open_for_who_is_coming_in(make: Callable[..., Dirty]) -> None:
     dirty = make()
     begin(dirty)
     cleared: list[bool] = []
-    dirty.gate._inside = Interrupted(lambda: cleared.append(dirty.gate.clear()), before=False)
+    dirty.gate.inside = Interrupted(lambda: cleared.append(dirty.gate.clear()), before=False)
     with dirty.gate:
         assert cleared == [False] and dirty.on_disk
     assert dirty.take_log() == []
@@ -753,8 +753,8 @@ def test_no_clear_if_the_last_one_inside_fails_just_now(make: Callable[..., Dirt
         dirty.gate.fail()
         dirty.gate.__exit__()
 
-    dirty.gate._inside = Leaving(fail)
-    dirty.gate._inside.append(None)
+    dirty.gate.inside = Leaving(fail)
+    dirty.gate.inside.append(None)
     assert dirty.gate.clear() is False
     assert dirty.on_disk
 
