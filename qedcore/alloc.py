@@ -106,9 +106,14 @@ class Allocator:
             return Extent(self._append(n), n, True)
 
     def append_cluster(self) -> int:
-        """allocate(1) in fewer steps: the offset of a fresh cluster; 0 if a freed one should be used instead."""
+        """allocate(1) in fewer steps: the offset of a fresh cluster; 0 if it is not so simple, or fails."""
         with self._lock:
-            return 0 if self._free.n or self.pending else self._append(1)
+            if self._free.n or self.pending:
+                return 0
+            try:
+                return self._append(1)
+            except StorageError:
+                return 0
 
     def _append(self, n: int) -> int:
         """File offset of n fresh clusters."""
@@ -265,7 +270,8 @@ def _joined(extents: list[Extent], cluster_size: int) -> list[Extent]:
 class NeedCheckGate:
     """The dirty period (I3, I4).  Every allocating request runs inside `with gate:`.
 
-    The condition protects all fields but `inside`; it is not held across I/O: `_changing` keeps the others waiting.
+    The condition protects `_dirty`, `_changing` and `_closed`; it is not held across I/O: `_changing` keeps the
+    others waiting.  The gate is opened under it only, but may be shut without, when another writer is noticed.
     `inside` and `open` are for requests that must be fast: they do these steps of __enter__() themselves.
     I6. A request that finds the gate open takes no lock: it notes itself in `inside`, then looks at `open`.  Who
         shuts the gate clears `open`, then looks at `inside`.  So one of them sees the other; each step is one call

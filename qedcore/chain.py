@@ -166,7 +166,7 @@ class ChainOpener:
     def _push_image(self, storage: Storage, path: str, writable: bool) -> None:
         """Put a QED image under those that are open."""
         if writable:
-            storage = as_file(storage)
+            storage = as_file(storage, writable=True)
         try:
             image = QEDImage(
                 storage,

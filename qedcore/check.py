@@ -20,7 +20,7 @@ from .cluster_use import DATA
 from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from .header import FEATURE_NEED_CHECK, HeaderUpdater
 from .scan import Damage, Scan
-from .storage import Storage
+from .storage import Storage, read_from_disk
 from .table import Table, TableIO, empty, table_parts
 
 # Clusters, and bytes of memory: 8 TiB at the default geometry.  What is behind cannot be compared with the rest.
@@ -62,6 +62,7 @@ def repair_after_crash(
     storage: Storage, header: HeaderUpdater, tables: TableIO, geometry: Geometry, bounds: Bounds
 ) -> Recovery:
     """Repair the image, and move bounds.end if the file gets shorter.  Raises StorageError; NEED_CHECK then stays."""
+    read_from_disk(storage)
     l1_offset = header.header.l1_table_offset
     found = _Damages()
     scan = Scan(
@@ -104,9 +105,6 @@ def repair_after_crash(
         done.findings += 1
         done.lines.append(f"truncated {storage.size() - result.end} unreferenced bytes at {result.end:#x}")
         bounds.end = result.end
-        # What a server that was killed has written may not be durable: the entries that a crash would bring back may
-        # lead to what is cut off.
-        storage.flush()
         storage.truncate(result.end)
     storage.flush()  # the repair, before the flag that asks for it
     if done.whole:

@@ -3,12 +3,12 @@
     claim | look up again | allocate, data, [flush] | L2 lock: link | give the claim up
 
 So the data and the flush of writes to different clusters of one L2 table overlap.
-I1. A guest cluster has one claim at most.  An entry gets data only under a claim, so what has none when it is looked
-    up under the claim has none until that ends.  It may become a zero cluster, and a missing L2 table may be made.
+I1. A guest cluster has one claim at most.  An entry gets data only under a claim, so a cluster that is found without
+    data under its claim stays without.  It may become a zero cluster, and a missing L2 table may be made.
 I2. Who wants what another has claimed waits until that is given up, holding neither locks nor a claim.
-I3. Only who waits, or wakes others, takes the lock; all else is one call on `claimed`, atomic under the interpreter's
-    lock.  Who waits notes itself in `waiting`, then looks at `claimed`; who gives a claim up does so, then looks at
-    `waiting`.  So one of them sees the other.
+I3. Only who waits, or wakes others, takes the lock.  A claim is made by one call on `claimed`, atomic under the
+    interpreter's lock, and given up by its owner alone.  Who waits notes itself in `waiting`, then looks at
+    `claimed`; who gives a claim up does so, then looks at `waiting`.  So one of them sees the other.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class Claims:
     def give_up(self, first: int, end: int) -> None:
         """The calling thread's claim on guest clusters [first, end) ends, as far as it has one."""
         claimed, me = self.claimed, get_ident()
-        for cluster in [cluster for cluster in range(first, end) if claimed.get(cluster) == me]:
-            del claimed[cluster]
+        for cluster in range(first, end):
+            if claimed.get(cluster) == me:
+                del claimed[cluster]
         if self.waiting:
             self.wake()
 

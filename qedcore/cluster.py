@@ -275,6 +275,7 @@ class ClusterMap:
         After a failed write the slice is read again before its next use (I3).
         """
         geo = self.geometry
+        # Almost always it is there, and its use was noted when the request looked it up.
         table = self.cache.slices.get(pos >> geo.slice_shift) or self.table_at(pos)
         assert table is not None
         index = (pos >> geo.l2_shift) & geo.slice_mask

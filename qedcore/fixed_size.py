@@ -18,15 +18,15 @@ from .errors import ImageFormatError, StorageError, UnsupportedError
 from .geometry import MiB
 from .header import read_header
 from .scan import Damage, Scan
-from .storage import ReadBuffer, Storage, WriteBuffer
+from .storage import ReadBuffer, Storage, WriteBuffer, read_from_disk
 
 _ZEROS = bytes(MiB)
 
 
-def end_of_image(storage: Storage) -> int:
+def end_of_image(storage: Storage, writable: bool = False) -> int:
     """Where the image in `storage` ends (bytes), from all of its tables; the capacity if it is none, or damaged.
 
-    Raises StorageError.
+    Of a `writable` one everything after the end will be overwritten.  Raises StorageError.
     """
     lost = False  # some entry does not lead where it should
 
@@ -38,17 +38,19 @@ def end_of_image(storage: Storage) -> int:
         header, geometry, bounds = read_header(storage)
     except (ImageFormatError, UnsupportedError):
         return storage.size()  # opening it will tell
+    if writable and header.need_check:
+        read_from_disk(storage)
     found = Scan(storage, geometry, bounds, header.l1_table_offset, report=report).run()
     if found.error is not None:
         raise found.error
     return storage.size() if lost else found.end
 
 
-def as_file(storage: Storage) -> Storage:
+def as_file(storage: Storage, writable: bool) -> Storage:
     """`storage`; where its size is fixed, as a file that ends where the image does.  Raises StorageError."""
     if not storage.fixed_size:
         return storage
-    return FixedSizeStorage(storage, end_of_image(storage))
+    return FixedSizeStorage(storage, end_of_image(storage, writable))
 
 
 class FixedSizeStorage:
@@ -67,6 +69,7 @@ class FixedSizeStorage:
         self.identity = inner.identity
         self.flush = inner.flush
         self.close = inner.close
+        self.drop_cache = getattr(inner, "drop_cache", lambda: None)
 
     def size(self) -> int:
         return self._size

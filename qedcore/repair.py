@@ -34,7 +34,7 @@ from .geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from .header import FEATURE_NEED_CHECK, Header, HeaderUpdater, read_header
 from .image import Metadata
 from .scan import Damage, Scan, ScanResult
-from .storage import Storage
+from .storage import Storage, read_from_disk
 from .table import TableIO, next_data, table_parts
 from .trial import Fit, prove, raw_header, shape_of
 
@@ -130,7 +130,7 @@ class Repair:
 
     def run(self, everything: bool) -> Outcome:
         """-r all, or -r leaks."""
-        self._storage.flush()  # what a killed program wrote, before any repair that relies on it
+        read_from_disk(self._storage)
         headers = correct_invalid_header(self._storage, self._say) if everything else 0
         header, geometry, bounds = read_header(self._storage)
         self._open(header, geometry, bounds)

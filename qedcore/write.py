@@ -2,7 +2,7 @@
 
 An allocating write:   gate > claim (claims.py) > look up > allocate > data, head, tail > [flush] > L2 lock > link
                        from the start again if a new zero cluster has come between the look-up and the lock
-  of one new cluster:  the same without head, tail and flush, if none of them is needed (_append)
+  of one new cluster:  the same without head, tail and flush, if none of them is needed (_write_fresh_cluster)
 New zero clusters:     gate > L2 lock > look up > link
 Unlinking zero, trim:  gate > L2 lock > look up > link nothing, or zero clusters > free (alloc.py, I2)
 The L1 lock is taken inside link_table only.  request.py has the kinds of runs.
@@ -66,7 +66,7 @@ class WritableRequests(Requests):
                         self._storage.pwrite(buf, entry + into)
                         return
                 elif entry <= ZERO_CLUSTER and length:
-                    if one and self.backing is None and self._append(buf, pos, into, index):
+                    if one and self.backing is None and self._write_fresh_cluster(buf, pos, into, index):
                         return
                     view = memoryview(buf)
                     n = self.write_run(NO_CLUSTER, 0, view, pos)
@@ -77,11 +77,12 @@ class WritableRequests(Requests):
         finally:
             epoch.pop()
 
-    def _append(self, buf: ReadBuffer, pos: int, into: int, index: int) -> bool:
+    def _write_fresh_cluster(self, buf: ReadBuffer, pos: int, into: int, index: int) -> bool:
         """The short way of an allocating write: to one fresh cluster, which it need not fill.
 
         There is nothing below the image, so whatever a crash loses of it, its growth included, shows zeros as before,
-        and nothing is flushed.  False: it is not so, or there is somebody to wait for; nothing was done.
+        and nothing is flushed.  False, and nothing was done, if it is not so simple: the gate is shut, the cluster
+        has data or is claimed, its table is not in the cache, or there are freed clusters to use first.
         """
         gate, claims = self._gate, self._claims
         cluster, me = pos >> self._l2_shift, get_ident()
@@ -98,13 +99,13 @@ class WritableRequests(Requests):
             try:
                 self._storage.pwrite(buf, offset + into)
             except BaseException:
-                self._release((Extent(offset, 1, True),))
+                self._allocator.release(Extent(offset, 1, True))
                 raise
             with self._clusters.table_locks.hold(pos >> self._l1_shift):
                 self._link(pos, array("Q", (offset,)))
             return True
         finally:
-            if claims.claimed.get(cluster) == me:
+            if claims.claimed.get(cluster) == me:  # as Claims.give_up, without its calls
                 del claims.claimed[cluster]
                 if claims.waiting:
                     claims.wake()
@@ -140,7 +141,7 @@ class WritableRequests(Requests):
         self._storage.pwrite(view, offset)
 
     def _allocating_write(self, kind: Kind, view: memoryview, pos: int) -> bool:
-        """Write a run of `kind` that has no data yet; returns as _link_data.  The gate and a claim are held.
+        """Write a run of `kind` that has no data yet; False: look it up again.  The gate and a claim are held.
 
         However many pieces of the file it is made of, there is one flush and one write to the table.
         """
@@ -186,7 +187,7 @@ class WritableRequests(Requests):
             self._allocator.release(extent)
 
     def _link_data(self, kind: Kind, pos: int, extents: list[Extent], must_flush: bool) -> bool:
-        """Link new data clusters for pos, where `kind` was found.  The gate and a claim are held.
+        """Link new data clusters for pos, where `kind` was found; True if that was done.  Gate and claim are held.
 
         False: what is below was hidden meanwhile; they may be filled with it, and are not used.
         """
@@ -206,7 +207,12 @@ class WritableRequests(Requests):
                     self._release(extents)
                     raise
         with table_lock:
-            if kind is ZERO or self.backing is None or not self._hidden(pos, len(entries)):
+            try:
+                hidden = kind is not ZERO and self.backing is not None and self._hidden(pos, len(entries))
+            except BaseException:
+                self._release(extents)
+                raise
+            if not hidden:
                 self._link(pos, entries)
                 return True
         self._release(extents)

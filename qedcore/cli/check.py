@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     storage = open_file(where, writable, cache=args.source_cache, force_share=args.force_share)
     try:
         run_on = _check if args.repair is None else _repair
-        return run_on(args, where, as_file(storage))
+        return run_on(args, where, as_file(storage, writable))
     except (ImageFormatError, UnsupportedError) as error:
         raise type(error)(f"Could not open '{where.name}': {open_reason(error, where.place)}") from None
     except StorageError as error:

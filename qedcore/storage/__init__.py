@@ -50,3 +50,15 @@ class Storage(Protocol):
     def close(self) -> None:
         """Release the file; does not flush.  A second call does nothing."""
         ...
+
+
+def read_from_disk(storage: Storage) -> None:
+    """Before any repair: what is read from here on is on stable storage.
+
+    What a killed program has written may not be: a crash could bring entries back that lead to what was cut off, or
+    used again.  And when a flush has failed, Linux may go on showing what it could not write, as if it had.
+    """
+    storage.flush()
+    drop = getattr(storage, "drop_cache", None)
+    if drop is not None:
+        drop()

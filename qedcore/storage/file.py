@@ -183,6 +183,11 @@ class FileStorage:
                 n = min(_READAHEAD_BYTES, offset + length - start)
                 os.posix_fadvise(self.fd, start, n, os.POSIX_FADV_WILLNEED)
 
+    def drop_cache(self) -> None:
+        """Forget what is cached and on disk, as far as the system can: it is read again.  Raises nothing."""
+        with suppress(OSError):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def truncate(self, size: int) -> None:
         try:
             os.ftruncate(self.fd, size)

@@ -96,6 +96,9 @@ class Bench:
             self._dir = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="qedbench.", dir=self.options.dir))
             )
+            home = in_memory(self.options.image_size) or self.options.dir
+            copies = stack.enter_context(tempfile.TemporaryDirectory(prefix="qedbench.", dir=home))
+            self._target = Path(copies) / "target.raw"
             self.images = Images(self._dir, self._sizes())
             self.results.environment = results.environment(self._dir, self.options.plugin)
             stack.callback(self._finish)  # also after an error or Ctrl-C
@@ -176,8 +179,7 @@ class Bench:
 
     def _measure(self, row: Row, contender: str, round_: int, prove: bool) -> Sample:
         seconds = self.options.long_seconds if row.slices else self.options.seconds
-        target = self._dir / "target.raw"
-        client = Client(row, contender, self.images, self._tmp, target, self.options.plugin, seconds, round_)
+        client = Client(row, contender, self.images, self._tmp, self._target, self.options.plugin, seconds, round_)
         address = self._tmp / "sock"
 
         def sample(measured: Measured, cpu: float, rss: int) -> Sample:
@@ -202,10 +204,21 @@ class Bench:
                 except (BenchError, OSError) as e:
                     raise BenchError(f"{e}; the server's log: {server.log()}") from e
                 finally:
-                    target.unlink(missing_ok=True)
+                    self._target.unlink(missing_ok=True)
             if prove:
                 client.prove_image(image, measured, before)
         return sample(measured, cpu, rss)
+
+
+def in_memory(size: int) -> Path | None:
+    """A directory in memory with room for `size` bytes: how fast a disk takes a copy is no server's merit."""
+    memory = Path("/dev/shm")
+    try:
+        space = os.statvfs(memory)
+    except OSError:
+        return None
+    room = space.f_bavail * space.f_frsize > 1.25 * size
+    return memory if room and os.access(memory, os.W_OK) else None
 
 
 def require_tools(contenders: Sequence[str]) -> None:

@@ -283,7 +283,8 @@ def record(
     """Run guests, `requests` of each thread in each phase, with maintenance between.  Raises Violation.
 
     `share` is the Scheduler's.  `errors` is the share of the changes and flushes of the file that fail while guests
-    run or the image is closed: half of them have been done all the same.
+    run or the image is closed: half of them have been done all the same.  What was written may be given up when a
+    flush fails.
     """
     history = History(setup)
     world = history.world
@@ -296,10 +297,27 @@ def record(
         if armed and rng.random() < errors / 2:
             raise StorageError("injected", code=rng.choice((errno.EIO, errno.ENOSPC)))
 
+    given_up = False
+
+    def give_up(path: str) -> None:
+        nonlocal given_up
+        given_up = True
+        share = rng.choice((0.2, 0.8, 1.0))
+        world.give_up(path, lambda: rng.random() < share)
+
     if errors:
         world.before = world.after = fail
+        world.flush_failed = give_up
+
+    def look_again() -> None:
+        """Whoever opens the file next may find what the disk has."""
+        nonlocal given_up
+        if given_up:
+            history.tell("lose")
+            given_up = False
 
     def reopened() -> QEDImage:
+        look_again()
         storage = CommittedFlushes(world.open(IMAGE, True, CacheMode()))
         return setup.open(storage, l2_cache=rng.choice((0, DEFAULT_L2_CACHE)))
 
@@ -335,6 +353,7 @@ def record(
                     compact.tidy(image)
                 elif todo != "nothing":
                     close(image)
+                    look_again()
                     if todo != "reopen":
                         Repair(world.open(IMAGE, True, CacheMode())).run(everything=todo == "all")
                     image = reopened()

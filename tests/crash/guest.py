@@ -91,6 +91,14 @@ class GuestModel:
         write.ended = self._tick()
         write.certain = False
 
+    def lose(self) -> None:
+        """The image is opened again after a failed flush: what is not durable may be lost, also without a crash."""
+        for write in self._undurable:
+            write.certain = False
+            for sector in write.values:
+                shown = self.after_kill[sector]
+                shown += [choice for choice in self.after_crash[sector] if choice not in shown]
+
     def begin_flush(self) -> int:
         return self._tick()
 

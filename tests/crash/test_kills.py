@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support.crashes import World
+from support.crashes import RecordedFile, World
 from support.patterns import stamp
 from support.qed_image import Built, QedFile
 
 import qedcore
 from qedcore.chain import close_source
-from qedcore.errors import CorruptImageError
+from qedcore.errors import CorruptImageError, StorageError
 from qedcore.rebase import change_name, open_base, rebase
 from qedcore.repair import Repair
 from qedcore.storage.file import CacheMode
@@ -89,3 +89,35 @@ def test_repair_all(image: Image, rng: random.Random) -> None:
             with suppress(CorruptImageError):  # it was not repaired yet
                 img.pwrite(b"X" * CS, 5 * CS)
             assert img.pread(CS, 100 * CS) == before, state.name
+
+
+@pytest.mark.parametrize("believed", [False, True], ids=["", "believed"])
+def test_what_the_system_has_given_up(
+    image: Image, rng: random.Random, monkeypatch: pytest.MonkeyPatch, believed: bool
+) -> None:
+    """After a failed flush the cache shows an entry as gone that is still on disk: its cluster is not free."""
+    built = image(size=64 * CS, cluster_size=CS, table_size=1, layout="D")
+    world = World(built.path)
+    img = qedcore.open_image(built.path, opener=world.open)
+    img.pwrite(b"a" * CS, CS)
+    img.flush()
+    img.trim(CS, CS)
+    world.flush_failed = world.give_up
+    world.stop_at(len(world.log), StorageError("injected"), dead=True)
+    with pytest.raises(StorageError):
+        img.flush()
+    world.before = lambda number: None
+    if believed:
+        monkeypatch.setattr(RecordedFile, "drop_cache", lambda file: None)
+    img = qedcore.open_image(built.path, opener=world.open)  # the other is gone
+    img.pwrite(b"b" * CS, 9 * CS)
+    img.flush()
+    wrong = 0
+    for state in world.crash_states(rng, 4):
+        built.path.write_bytes(state.files[str(built.path)])
+        with qedcore.open_image(built.path, cache="unsafe") as img:
+            try:
+                wrong += not set(img.pread(CS, CS)) <= set(b"a\0")
+            except CorruptImageError:
+                wrong += 1
+    assert (wrong > 0) == believed

@@ -6,6 +6,9 @@ growth and truncation kept or lost; holes punched or not.
 
     log:      op op F( op )F op op op | crash
     durable:  =====   any subset of the rest
+
+When a flush fails, the system may give up some of the writes: they can be read until the cache is dropped, but no
+later flush writes them (Linux does so).
 """
 
 from __future__ import annotations
@@ -27,13 +30,18 @@ Files = dict[str, bytes]  # path -> content
 
 
 class Op(NamedTuple):
-    """A change of a file, or the end of its flush (data None and size -1)."""
+    """A change of a file, or the end of its flush (data None and size -1).
+
+    Or no change: `lost` are the ops that were given up when a flush failed; `dropped`: so was the cache.
+    """
 
     path: str
     offset: int = 0
     data: bytes | None = None
     size: int = -1
     covers: int = 0  # of a flush: the ops before its start, of any file
+    lost: frozenset[int] = frozenset()
+    dropped: bool = False
 
     def apply(self, files: dict[str, bytearray]) -> None:
         content = files[self.path]
@@ -46,7 +54,7 @@ class Op(NamedTuple):
 
     @property
     def is_flush(self) -> bool:
-        return self.data is None and self.size < 0
+        return self.data is None and self.size < 0 and not self.lost and not self.dropped
 
     def granules(self, granule: int) -> Iterator[Op]:
         """The parts that are kept or lost as a whole."""
@@ -72,8 +80,8 @@ class State(NamedTuple):
 class World:
     """Some files; `open` is an opener for open_image.
 
-    `before` and `after` run around each op and may raise.  `pause` runs before each call, and while a flush is under
-    way: other threads may go on there.
+    `before` and `after` run around each op and may raise; `flush_failed` runs when `before` has raised for a flush.
+    `pause` runs before each call, and while a flush is under way: other threads may go on there.
     """
 
     def __init__(self, *paths: Path, files: Files | None = None) -> None:
@@ -82,6 +90,7 @@ class World:
         self.log: list[Op] = []
         self.before: Callable[[int], None] = lambda number: None
         self.after: Callable[[int], None] = lambda number: None
+        self.flush_failed: Callable[[str], None] = lambda path: None
         self.pause: Callable[[], None] = lambda: None
 
     def open(self, path: str | os.PathLike[str], writable: bool, mode: CacheMode) -> Storage:
@@ -89,7 +98,12 @@ class World:
 
     def do(self, op: Op) -> None:
         self.pause()
-        self.before(len(self.log))
+        try:
+            self.before(len(self.log))
+        except StorageError:
+            if op.is_flush:
+                self.flush_failed(op.path)
+            raise
         if op.is_flush:
             op = op._replace(covers=len(self.log))
             self.pause()
@@ -108,6 +122,27 @@ class World:
 
         self.before = before
 
+    def give_up(self, path: str, chosen: Callable[[], bool] = lambda: True) -> None:
+        """A flush of this file has failed: of its unflushed writes those `chosen` never reach the disk."""
+        unflushed: list[int] = []
+        for number, op in enumerate(self.log):
+            if op.path == path and op.is_flush:
+                unflushed = [at for at in unflushed if at >= op.covers]
+            elif op.path == path and op.data is not None:
+                unflushed.append(number)
+        lost = frozenset(number for number in unflushed if chosen())
+        if lost:
+            self.log.append(Op(path, lost=lost))
+
+    def drop_cache(self, path: str) -> None:
+        """What is read from here on is what the disk has, or will have."""
+        lost = frozenset[int]().union(*(op.lost for op in self.log if op.path == path))
+        self.files[path] = bytearray(self.start[path])
+        for number, op in enumerate(self.log):
+            if op.path == path and number not in lost:
+                op.apply(self.files)
+        self.log.append(Op(path, dropped=True))
+
     def save(self) -> None:
         for path, content in self.files.items():
             Path(path).write_bytes(content)
@@ -123,8 +158,14 @@ class World:
         durable = {path: bytearray(content) for path, content in self.start.items()}
         pending: list[tuple[int, Op]] = []
         flushes = 0
+        shown: set[str] = set()  # files of which writes can be read that were given up
         for number, op in enumerate(self.log):
-            if op.is_flush:
+            if op.lost:
+                pending = [found for found in pending if found[0] not in op.lost]
+                shown.add(op.path)
+            elif op.dropped:
+                shown.discard(op.path)
+            elif op.is_flush:
                 rest = []
                 for at, done in pending:
                     if done.path == op.path and at < op.covers:
@@ -146,7 +187,7 @@ class World:
                 files = {path: bytearray(content) for path, content in durable.items()}
                 for other in kept:
                     other.apply(files)
-                whole = numbers is not None and len(numbers) == len(pending)
+                whole = numbers is not None and len(numbers) == len(pending) and not shown
                 yield State(f"op {number}, {name}", number + 1, files, whole)
 
     @staticmethod
@@ -233,6 +274,9 @@ class RecordedFile:
 
     def flush(self) -> None:
         self._world.do(Op(self.name))
+
+    def drop_cache(self) -> None:
+        self._world.drop_cache(self.name)
 
     def identity(self) -> object:
         return self.name

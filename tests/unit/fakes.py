@@ -117,6 +117,9 @@ class Tap:
     def flush(self) -> None:
         self._do(Call("flush"), self.inner.flush)
 
+    def drop_cache(self) -> None:
+        self._do(Call("drop_cache"), getattr(self.inner, "drop_cache", lambda: None))
+
     def identity(self) -> object:
         return self.inner.identity()
 

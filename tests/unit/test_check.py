@@ -300,15 +300,26 @@ def test_clusters_after_the_repair_do_not_collide(image: Image) -> None:
     ids=["tail", "crash", "wild", "shared"],
 )  # fmt: skip
 def test_order_of_repair(image: Image, entries: dict[int, Any], cut: bool, cleared: bool) -> None:
-    """What was found is durable before anything is cut off, the repair before the flag that asks for it goes, and
-    that before anything else is done.
+    """What is there is durable before anything is read, the repair before the flag that asks for it goes, and that
+    before anything else is done.
     """
     built = image(**dirty({"layout": "DD", "leaks": 2, "entries": entries}))
     img, tap = open_tapped(built.path)
     fixed = int(bool(entries) and cleared)  # those of one table with one write
-    want = ["pwrite"] * fixed + ["flush", "truncate"] * cut + ["flush"] + ["pwrite", "flush"] * cleared
+    want = ["flush", *["pwrite"] * fixed, *["truncate"] * cut, "flush", *["pwrite", "flush"] * cleared]
     assert [call.name for call in tap.log] == want
     assert [call.offset for call in tap.log if call.name == "pwrite"][fixed:] == [0] * cleared
+    img.close()
+
+
+def test_repair_reads_what_is_on_disk(image: Image) -> None:
+    """After a failed flush the cache may show, as clean, what was not written."""
+    built = image(**dirty({"layout": "DD", "leaks": 2}))
+    calls: list[str] = []
+    img, _ = open_tapped(built.path, lambda call: calls.append(call.name))
+    first = calls.index("flush")
+    assert calls[first + 1] == "drop_cache"
+    assert "pread" in calls[first + 2 : calls.index("truncate")]  # the tables
     img.close()
 
 
@@ -422,7 +433,7 @@ def test_many_damaged_entries(image: Image) -> None:
         tracemalloc.stop()
     img.close()
     assert peak < 32 * MiB  # a slice's copies, and a number for each of its entries
-    assert [call.name for call in tap.log] == ["pwrite"] * 4 + ["flush", "pwrite", "flush", "flush"]
+    assert [call.name for call in tap.log] == ["flush", *["pwrite"] * 4, "flush", "pwrite", "flush", "flush"]
     assert len(notices) == 22 and f"and {n - 21} more damaged entries" in notices[-1]
     assert f"findings: {n - 1}" in notices[0]
     assert entries(built.path) == ({0: built.l2_offsets[0]}, {0: built.offsets[0]})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CHANGES, Call, FailAt, Gate, Hook, Job, Tap, extents, open_tapped
+from fakes import CHANGES, Call, FailAt, Gate, Hook, Job, Tap, Waits, extents, open_tapped
 from support.patterns import GiB, KiB, MiB, Model, assert_same, check_model, random_ops, stamp, zeros
 from support.qed_image import Built, Geometry, QedFile, assert_sound, raw_reader
 
@@ -1197,3 +1197,179 @@ def test_zeros_replace_what_the_buffer_held(image: Image, layout: str) -> None:
             buf = bytearray(b"\xff" * length)
             img.pread_into(buf, 4 * MiB - length)
             assert not any(buf), length
+
+
+# The short way of an allocating write: one fresh cluster in a dirty period, nothing below
+
+
+@pytest.fixture
+def dirty(tapped: Tapped) -> Callable[..., tuple[qedcore.QEDImage, Tap, Built]]:
+    """As tapped; the dirty period has begun, and the first tables are in the cache."""
+
+    def make(**spec: Any) -> tuple[qedcore.QEDImage, Tap, Built]:
+        img, tap, built = tapped(**spec)
+        img.pwrite(b"first", 100 * CS)
+        tap.log.clear()
+        return img, tap, built
+
+    return make
+
+
+class Meanwhile(list[None]):
+    """Who is inside a gate; `other` runs just after the next one has come in, as a thread may."""
+
+    def __init__(self, other: Callable[[], object]) -> None:
+        self._other = [other]
+
+    def append(self, item: None) -> None:
+        super().append(item)
+        if self._other:
+            self._other.pop()()
+
+
+@pytest.mark.parametrize("layout", ["D--", "DZZ"])
+def test_one_fresh_cluster(tapped: Tapped, layout: str) -> None:
+    """The flag, durable; then for each write its data, and its entry after it."""
+    img, tap, built = tapped(layout=layout)
+    table = ("pwrite", built.l2_offsets[0], 512)
+    img.pwrite(b"1" * 700, CS + 100)
+    assert logged(tap) == [SET, FLUSH, GROW, ("pwrite", built.end + 100, 700), table]
+    img.pwrite(b"2" * CS, 2 * CS)
+    assert logged(tap) == [("pwrite", built.end + CS, CS), table]
+    assert img._gate.clear()
+    tap.log.clear()
+    img.pwrite(b"3" * 700, 3 * CS)  # and again in the next dirty period
+    assert logged(tap) == [SET, FLUSH, GROW, ("pwrite", built.end + 2 * CS, 700), table]
+    assert_same(
+        img.pread(3 * CS, CS), bytes(100) + b"1" * 700 + bytes(CS - 800) + b"2" * CS + b"3" * 700 + bytes(CS - 700)
+    )
+
+
+def test_a_cluster_that_another_has_written_meanwhile(dirty: Tapped) -> None:
+    """It had no data when the write first looked: it looks again, and writes in place."""
+    img, _, _ = dirty(layout="D--")
+    end = img._bounds.end
+    img._gate.inside = Meanwhile(lambda: Job(img.pwrite, b"2" * 100, CS + 900).result())
+    img.pwrite(b"1" * 100, CS + 200)
+    assert img._bounds.end == end + CS
+    assert_same(img.pread(CS, CS), bytes(200) + b"1" * 100 + bytes(600) + b"2" * 100 + bytes(CS - 1000))
+    assert not img._gate.inside and not img._requests._claims.claimed
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_a_fresh_cluster_whose_data_failed_is_used_again(dirty: Tapped, late: bool) -> None:
+    img, tap, built = dirty(layout="D--")
+    end = img._bounds.end
+    tap.hook = FailAt(1, ["pwrite"], errno.ENOSPC, late)
+    with pytest.raises(StorageError):
+        img.pwrite(b"old" * 300, CS + 100)
+    assert not img._gate.inside and not img._requests._claims.claimed
+    img.pwrite(b"new", 2 * CS + 500)
+    assert img._bounds.end == end + CS
+    assert_same(img.pread(2 * CS, CS), bytes(CS + 500) + b"new" + bytes(CS - 503))
+    img.close()
+    assert_sound(built.path)
+
+
+def test_who_waits_for_a_fresh_cluster_goes_on(dirty: Tapped) -> None:
+    img, tap, built = dirty(layout="D--")
+    gate, waits = Gate(), Waits(img._requests._claims._given_up)
+    tap.hook = stop_at(gate, lambda call: call.name == "pwrite" and call.offset >= built.end)
+    jobs = [Job(img.pwrite, b"1" * 100, CS + 200)]
+    gate.reached()
+    jobs.append(Job(img.pwrite, b"2" * 100, CS + 900))
+    waits.come()
+    gate.open()
+    for job in jobs:
+        job.result()
+    assert_same(img.pread(CS, CS), bytes(200) + b"1" * 100 + bytes(600) + b"2" * 100 + bytes(CS - 1000))
+    assert not img._requests._claims.claimed
+
+
+def test_entries_of_fresh_clusters_are_written_one_by_one(dirty: Tapped) -> None:
+    """They share a sector: who writes it has the other's entry in it."""
+    img, tap, built = dirty(layout="D--")
+    first, second = Gate(), Gate()
+    is_table = lambda call: call.offset == built.l2_offsets[0]  # noqa: E731
+    tap.hook = stop_at(first, is_table)
+    jobs = [Job(img.pwrite, b"1" * 100, CS)]
+    first.reached()
+    tap.hook = stop_at(second, is_table)
+    jobs.append(Job(img.pwrite, b"2" * 100, 2 * CS))
+    second.avoided()
+    first.open()
+    second.open()
+    for job in jobs:
+        job.result()
+    img.close()
+    with QedFile(built.path) as file:
+        assert_same(file.read(CS, 2 * CS), b"1" * 100 + bytes(CS - 100) + b"2" * 100 + bytes(CS - 100))
+
+
+def test_tables_of_fresh_clusters_stay_in_the_cache(image: Image) -> None:
+    """One that is written to all the time is not the one that goes."""
+    reach = 512 * 4 * KiB
+    built = image(cluster_size=4 * KiB, table_size=1, size=3 * reach, layout={0: "data", 512: "zero", 1024: "zero"})
+    with qedcore.open_image(built.path, l2_cache=0) as img:  # room for two
+        img.pwrite(b"x", 100 * 4 * KiB)
+        img.pread(1, reach)
+        assert list(img._clusters.cache.slices) == [0, 1]
+        img.pwrite(b"x", 101 * 4 * KiB)
+        img.pread(1, 2 * reach)
+        assert list(img._clusters.cache.slices) == [0, 2]
+
+
+@pytest.mark.parametrize("layout", ["", "D--"], ids=["no table", "no cluster"])
+def test_what_a_zero_overtook_is_used_again(tapped: Tapped, layout: str) -> None:
+    """A write has filled its cluster from the backing file, which is hidden meanwhile: nothing leaks."""
+    img, tap, built = tapped(layout=layout, backing=MiB)
+    gate = Gate()
+    tap.hook = stop_at(gate, lambda call: call.name in ("pwrite", "pwritev") and call.offset >= built.end)
+    job = Job(img.pwrite, b"new", CS + 100)
+    gate.reached()
+    img.zero(CS, CS)
+    gate.open()
+    job.result()
+    clusters = 1 if layout else 1 + built.spec.table_size
+    assert img._bounds.end == built.end + clusters * CS
+    assert_same(
+        img.pread(3 * CS, 0),
+        built.read(0, CS, raw_reader(Path(built.path).with_name("base.raw")))
+        + bytes(100)
+        + b"new"
+        + bytes(CS - 103)
+        + stamp(BASE, 2 * CS, CS),
+    )
+    img.close()
+    assert_sound(built.path)
+
+
+def test_a_table_that_cannot_be_read_again_leaks_nothing(image: Image, tmp_path: Path) -> None:
+    """It left the cache before new data was linked there: nothing points at that, so it is used again."""
+    cluster_size, reach = 4 * KiB, 512 * 4 * KiB
+    (tmp_path / "base.raw").write_bytes(stamp(BASE, 0, MiB))
+    layout = {0: "data", 512: "zero", 1024: "zero"}
+    spec: dict[str, Any] = {"cluster_size": cluster_size, "table_size": 1, "size": 3 * reach}
+    built = image(layout=layout, backing="base.raw", no_probe=True, **spec)
+    img, tap = open_tapped(built.path, l2_cache=0)  # room for two
+    img.pwrite(b"first", 5 * cluster_size)
+    end = img._bounds.end
+
+    def forget() -> None:
+        tap.hook = None
+        for table in (1, 2):
+            img.pread(1, table * reach)
+
+    def evict(call: Call) -> None:
+        if call.name == "flush":
+            forget()
+            tap.hook = FailAt(1, ["pread"])
+
+    forget()
+    tap.hook = evict
+    with pytest.raises(StorageError, match="injected"):
+        img.pwrite(b"lost", 9 * cluster_size)
+    img.pwrite(b"next", 11 * cluster_size)
+    assert img._bounds.end == end + cluster_size
+    img.close()
+    assert_sound(built.path)

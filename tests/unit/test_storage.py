@@ -404,6 +404,21 @@ def test_flush_on_a_read_only_file_system(
         storage.flush()
 
 
+def test_drop_cache(open_file: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the file; where the system has no such thing, nothing."""
+    storage = open_file(b"data")
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: calls.append(args))
+    storage.drop_cache()
+    assert calls == [(storage.fd, 0, 0, os.POSIX_FADV_DONTNEED)]
+
+    def refuse(*args: int) -> None:
+        raise OSError(errno.EINVAL, "")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    storage.drop_cache()
+
+
 def test_failed_flush_is_never_forgotten(open_any: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_any(bytes(4096))
 
