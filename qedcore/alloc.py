@@ -61,7 +61,6 @@ class Allocator:
     def __init__(self, storage: Storage, geometry: Geometry, bounds: Bounds, in_flight: InFlight) -> None:
         self._storage = storage
         self._geometry = geometry
-        self._cluster_size = geometry.cluster_size
         self._bounds = bounds
         self._in_flight = in_flight
         self._lock = ranked_lock(Rank.ALLOCATOR)
@@ -118,7 +117,7 @@ class Allocator:
     def _append(self, n: int) -> int:
         """File offset of n fresh clusters."""
         offset = self._bounds.end
-        end = offset + n * self._cluster_size
+        end = offset + n * self._geometry.cluster_size
         if end > self._grown:
             self._grow(offset, end)
         self._bounds.end = end
@@ -304,13 +303,12 @@ class NeedCheckGate:
             self.inside.pop()
             self._begin()
 
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-
-    def leave(self) -> None:
+    def leave(self, *_: object) -> None:
         """The request that is noted in `inside` is over."""
         self._last_use = self._clock()
         self.inside.pop()
+
+    __exit__ = leave
 
     def _begin(self) -> None:
         """Enter when the gate is open, or open it: begin the dirty period."""

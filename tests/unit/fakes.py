@@ -152,6 +152,21 @@ class FailAt:
         raise error
 
 
+class Interrupted(list[None]):
+    """Who is inside a gate; `other` runs just before, or just after, the next one has come in, as a thread may."""
+
+    def __init__(self, other: Callable[[], object], before: bool) -> None:
+        self._other = [other]
+        self._before = before
+
+    def append(self, item: None) -> None:
+        if self._other and self._before:
+            self._other.pop()()
+        super().append(item)
+        if self._other:
+            self._other.pop()()
+
+
 def open_tapped(
     path: Path | str, hook: Hook | None = None, writable: bool = True, **options: Any
 ) -> tuple[qedcore.QEDImage, Tap]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-from fakes import WAIT, Call, FailAt, Gate, Hook, Job, MemoryStorage, Tap, Waits
+from fakes import WAIT, Call, FailAt, Gate, Hook, Interrupted, Job, MemoryStorage, Tap, Waits
 
 from qedcore import alloc
 from qedcore.alloc import GROWTH_STEP, IDLE_SECONDS, Allocator, Extent, NeedCheckGate
@@ -693,21 +693,6 @@ def test_no_clear_while_in_flight(make: Callable[..., Dirty]) -> None:
         assert dirty.gate.clear() is False
     assert dirty.take_log() == []
     assert dirty.gate.clear() is True
-
-
-class Interrupted(list[None]):
-    """Who is inside a gate; `other` runs just before, or just after, the next one has come in, as a thread may."""
-
-    def __init__(self, other: Callable[[], object], before: bool) -> None:
-        self._other = [other]
-        self._before = before
-
-    def append(self, item: None) -> None:
-        if self._other and self._before:
-            self._other.pop()()
-        super().append(item)
-        if self._other:
-            self._other.pop()()
 
 
 def test_gate_that_was_shut_while_somebody_came_in(make: Callable[..., Dirty]) -> None:

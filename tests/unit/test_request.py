@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CHANGES, Call, FailAt, Gate, Hook, Job, Tap, Waits, extents, open_tapped
+from fakes import CHANGES, Call, FailAt, Gate, Hook, Interrupted, Job, Tap, Waits, extents, open_tapped
 from support.patterns import GiB, KiB, MiB, Model, assert_same, check_model, random_ops, stamp, zeros
 from support.qed_image import Built, Geometry, QedFile, assert_sound, raw_reader
 
@@ -1215,18 +1215,6 @@ def dirty(tapped: Tapped) -> Callable[..., tuple[qedcore.QEDImage, Tap, Built]]:
     return make
 
 
-class Meanwhile(list[None]):
-    """Who is inside a gate; `other` runs just after the next one has come in, as a thread may."""
-
-    def __init__(self, other: Callable[[], object]) -> None:
-        self._other = [other]
-
-    def append(self, item: None) -> None:
-        super().append(item)
-        if self._other:
-            self._other.pop()()
-
-
 @pytest.mark.parametrize("layout", ["D--", "DZZ"])
 def test_one_fresh_cluster(tapped: Tapped, layout: str) -> None:
     """The flag, durable; then for each write its data, and its entry after it."""
@@ -1249,7 +1237,7 @@ def test_a_cluster_that_another_has_written_meanwhile(dirty: Tapped) -> None:
     """It had no data when the write first looked: it looks again, and writes in place."""
     img, _, _ = dirty(layout="D--")
     end = img._bounds.end
-    img._gate.inside = Meanwhile(lambda: Job(img.pwrite, b"2" * 100, CS + 900).result())
+    img._gate.inside = Interrupted(lambda: Job(img.pwrite, b"2" * 100, CS + 900).result(), before=False)
     img.pwrite(b"1" * 100, CS + 200)
     assert img._bounds.end == end + CS
     assert_same(img.pread(CS, CS), bytes(200) + b"1" * 100 + bytes(600) + b"2" * 100 + bytes(CS - 1000))
