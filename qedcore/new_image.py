@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from .errors import ImageFormatError, RequestError, StorageError
 from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, check_device_size, round_up
@@ -66,7 +66,8 @@ def replacing(path: str | os.PathLike[str], replace: bool = True) -> Iterator[st
 
     Gives the name of an empty file in the same directory.  When the block ends, that file is made durable and renamed
     to `path`, keeping the permissions of a file it replaces; when it raises, it is removed.  Raises StorageError,
-    LockedError at once when the file to be replaced is in use; until the end, nobody else can use it.
+    LockedError at once when the file to be replaced is in use; until the end, nobody else can use it.  Without
+    `replace` a file that is there, or appears meanwhile, is not even locked: its users come first.
     """
     name, path = os.fspath(path), os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
@@ -74,7 +75,7 @@ def replacing(path: str | os.PathLike[str], replace: bool = True) -> Iterator[st
         raise StorageError(f"cannot create {path}: it exists and is not a regular file", code=code)
     directory = os.path.dirname(path)
     temporary = os.path.join(directory, f".qed-{os.urandom(8).hex()}")
-    with _locked(name):
+    with _locked(name) if replace else nullcontext():
         try:
             open(temporary, "xb").close()
             with suppress(OSError):

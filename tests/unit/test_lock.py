@@ -414,3 +414,15 @@ def test_no_file_in_use_is_replaced(path: Path, tmp_path: Path, use: Callable[..
             use(Use.READ)  # what would vanish under its user
     use(Use.WRITE)
     assert path.read_bytes() == b"new"
+
+
+def test_a_file_that_is_left_alone_is_not_locked(path: Path, tmp_path: Path, use: Callable[..., FileStorage]) -> None:
+    """Of several servers with create=true, one makes the image; those that come too late must not lock it out."""
+    with pytest.raises(StorageError) as caught, replacing(path, replace=False):
+        use(Use.WRITE)
+    assert caught.value.errno == errno.EEXIST
+    with pytest.raises(StorageError) as caught:
+        create(path, 1 << 20, replace=False)  # in use
+    assert caught.value.errno == errno.EEXIST
+    assert os.listdir(tmp_path) == ["file"]
+    assert path.read_bytes() == b"image"
