@@ -11,12 +11,17 @@ So each connection has a CPU for its threads; one that is alone keeps all of the
 
 A thread moves when it first meets another one inside a request, so that a client with one request at a time keeps
 all CPUs.  nbdkit's threads end with their connection.
+
+What takes a CPU long outside of Python, such as writing out what a flush asks for, is better done elsewhere
+(storage/flush.py): so that there is always a CPU for it, the process's first thread is never moved, and shows which
+CPUs there are.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from typing import Protocol
 
 SMALL = 32 * 1024  # bytes: up to here handing over the interpreter costs more than copying the data
@@ -92,3 +97,17 @@ def current_cpu() -> int:
     """The CPU that runs this thread (proc(5), /proc/pid/stat, field 39).  Raises OSError, ValueError, IndexError."""
     with open("/proc/thread-self/stat", encoding="ascii", errors="replace") as file:
         return int(file.read().rpartition(")")[2].split()[36])
+
+
+def confined() -> bool:
+    """Whether the calling thread was moved: it may use fewer CPUs than the first one.  Raises nothing."""
+    try:
+        return os.sched_getaffinity(0) != os.sched_getaffinity(os.getpid())
+    except (AttributeError, OSError):
+        return False
+
+
+def use_all_cpus() -> None:
+    """For a thread that a confined one has started, and which would stay where that is.  Raises nothing."""
+    with suppress(OSError):
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))

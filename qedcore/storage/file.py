@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple
 
 from ..errors import RequestError, StorageError
 from . import ReadBuffer, Storage, WriteBuffer
-from .flush import GroupCommit
+from .flush import GroupCommit, SyncThread
 from .lock import FileLock, Locking, Use
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, with FALLOC_FL_KEEP_SIZE as it must be
@@ -81,6 +81,7 @@ class FileStorage:
     def __init__(self, path: str | os.PathLike[str], writable: bool, mode: CacheMode = CacheMode()) -> None:
         self.name = os.fspath(path)
         self.fd = -1
+        self._syncs = SyncThread(self._sync)
         self._writable = writable
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
         flags |= self.open_flags
@@ -96,7 +97,7 @@ class FileStorage:
         self._lock: FileLock | None = None
         self.fixed_size = not stat.S_ISREG(info.st_mode)
         self._identity = (info.st_dev, info.st_ino)
-        self._commit = GroupCommit(self._ignore_flush if mode.no_flush else self._sync)
+        self._commit = GroupCommit(self._ignore_flush if mode.no_flush else self._syncs.sync)
 
     def lock(self, use: Use, locking: Locking = Locking.AUTO) -> None:
         """Lock the file for `use` until it is closed, or as long as `use` is not changed.
@@ -225,6 +226,7 @@ class FileStorage:
         return self._identity
 
     def close(self) -> None:
+        self._syncs.close()
         fd, self.fd = self.fd, -1
         if fd >= 0:
             try:

@@ -75,3 +75,34 @@ def test_off(built: Built, serve: Serve) -> None:
     for length in (4 * KiB, 256 * KiB) * 5:
         read(clients, length)
     assert masks(server) == {ALL}
+
+
+def test_flushes(built: Built, serve: Serve) -> None:
+    """A thread that was moved has another one sync, which has all CPUs and ends with the image."""
+    server = serve(built.path)
+
+    def serve_clients(flushes: bool) -> None:
+        clients = [server.connect(), server.connect()]
+
+        def all_moved() -> bool:
+            read(clients, 4 * KiB)
+            return len(masks(server)) == 2
+
+        wait_for(all_moved, "threads on one CPU", 20)
+        for _ in range(50):
+            read(clients, 4 * KiB)
+            if flushes:
+                clients[0].flush()
+        for client in clients:
+            client.shutdown()
+
+    def wait_for_threads(n: int) -> None:
+        wait_for(lambda: len(os.listdir(f"/proc/{server.pid}/task")) == n, f"{n} threads", 20)
+        assert masks(server) == {ALL}
+
+    serve_clients(flushes=False)
+    wait_for_threads(2)  # the first, and the timer
+    for _ in range(2):
+        serve_clients(flushes=True)
+        wait_for_threads(3)
+    server.stop()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +15,8 @@ from fakes import WAIT, Gate, Job
 
 from qedcore.errors import StorageError, UnreachableError
 from qedcore.storage import flush
-from qedcore.storage.flush import GroupCommit
+from qedcore.storage.file import FileStorage
+from qedcore.storage.flush import GroupCommit, SyncThread
 
 
 class Sync:
@@ -276,3 +279,95 @@ def test_unreachable_server_is_no_lost_write(waits: Waits) -> None:
         with pytest.raises(StorageError, match=text):
             commit.flush()
     assert sync.count == 4
+
+
+# On which CPU
+
+
+class Cpus:
+    """Stands in for the system calls: `confined` threads have CPU 1, all others 0 to 2."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of: dict[int, set[int]] = {os.getpid(): {0, 1, 2}}  # by native thread identifier
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: self.of.get(self._thread(pid), {1}))
+        monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: self.of.update({self._thread(pid): cpus}))
+
+    @staticmethod
+    def _thread(pid: int) -> int:
+        return pid or threading.get_native_id()
+
+
+def on_a_thread(work: Callable[[], object]) -> None:
+    """A new thread is confined, as is what one starts that was moved."""
+    job = Job(work)
+    job.result()
+
+
+@pytest.fixture
+def cpus(monkeypatch: pytest.MonkeyPatch) -> Cpus:
+    return Cpus(monkeypatch)
+
+
+def test_confined_threads_have_a_thread_that_is_not(cpus: Cpus) -> None:
+    made: list[tuple[int, set[int]]] = []
+
+    def sync() -> None:
+        made.append((threading.get_native_id(), os.sched_getaffinity(0)))
+
+    syncs = SyncThread(sync)
+    syncs.sync()
+    assert made == [(os.getpid(), {0, 1, 2})]  # not confined: no other thread
+    for _ in range(3):
+        on_a_thread(lambda: (syncs.sync(), cpus.of.setdefault(threading.get_native_id(), {1})))
+    threads = {thread for thread, _ in made[1:]}
+    assert len(made) == 4 and len(threads) == 1
+    assert all(mask == {0, 1, 2} for _, mask in made)
+    assert "sync" in [thread.name for thread in threading.enumerate()]
+    syncs.close()
+    assert "sync" not in [thread.name for thread in threading.enumerate()]
+    syncs.close()
+
+
+def test_error_of_the_other_thread(cpus: Cpus) -> None:
+    errors: list[BaseException | None] = [StorageError("no", code=errno.EIO), MemoryError(), None]
+
+    def sync() -> None:
+        error = errors.pop(0)
+        if error is not None:
+            raise error
+
+    syncs = SyncThread(sync)
+    for error in errors[:2]:
+        with pytest.raises(type(error)):  # type: ignore[arg-type]
+            on_a_thread(syncs.sync)
+    on_a_thread(syncs.sync)
+    assert not errors
+    syncs.close()
+
+
+def test_no_more_threads(cpus: Cpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    syncs = SyncThread(lambda: made.append(threading.get_native_id()))
+
+    def work() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            syncs.sync()
+        assert made == [threading.get_native_id()]
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    on_a_thread(work)
+    syncs.close()
+
+
+def test_file_is_synced_there(cpus: Cpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    storage = FileStorage(tmp_path / "file", writable=True)
+    made: list[tuple[str, int]] = []
+    monkeypatch.setattr(os, "fdatasync", lambda fd: made.append((threading.current_thread().name, fd)))
+    on_a_thread(storage.flush)
+    assert made == [("sync", storage.fd)]
+    storage.close()
+    assert "sync" not in [thread.name for thread in threading.enumerate()]
