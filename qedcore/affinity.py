@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import suppress
 from typing import Protocol
 
 SMALL = 32 * 1024  # bytes: up to here handing over the interpreter costs more than copying the data
@@ -102,12 +101,14 @@ def current_cpu() -> int:
 def confined() -> bool:
     """Whether the calling thread was moved: it may use fewer CPUs than the first one.  Raises nothing."""
     try:
-        return os.sched_getaffinity(0) != os.sched_getaffinity(os.getpid())
+        return os.sched_getaffinity(0) < os.sched_getaffinity(os.getpid())
     except (AttributeError, OSError):
         return False
 
 
 def use_all_cpus() -> None:
     """For a thread that a confined one has started, and which would stay where that is.  Raises nothing."""
-    with suppress(OSError):
+    try:
         os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
+    except (OSError, MemoryError):
+        pass

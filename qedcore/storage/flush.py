@@ -13,14 +13,11 @@ wakes for nothing.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Callable
+from typing import Any, Callable
 
 from ..affinity import confined, use_all_cpus
 from ..errors import StorageError, UnreachableError
 from ..locks import Rank, ranked_lock
-
-if TYPE_CHECKING:
-    from queue import SimpleQueue
 
 
 class _Batch:
@@ -136,26 +133,29 @@ class SyncThread:
     def __init__(self, sync: Callable[[], None]) -> None:
         self._sync = sync
         self._thread: threading.Thread | None = None
-        self._wanted: SimpleQueue[bool]  # False: no more
-        self._done: SimpleQueue[BaseException | None]
+        # Locks, made here: no step of the thread can fail, and nothing is imported when files or memory are short.
+        self._wanted = threading.Lock()  # held; released for a sync, or to end
+        self._done = threading.Lock()  # held; released when the sync is over
+        self._wanted.acquire()
+        self._done.acquire()
+        self._error: BaseException | None = None
+        self._ends = False
 
     def sync(self) -> None:
         """One at a time, and never again after an exception that is none of `sync`."""
-        if not confined() or not self._started():
+        if self._ends or not confined() or not self._started():
             self._sync()
             return
-        self._wanted.put(True)
-        error = self._done.get()
+        self._wanted.release()
+        self._done.acquire()
+        error, self._error = self._error, None
         if error is not None:
             raise error
 
     def _started(self) -> bool:
         if self._thread is None:
-            from queue import SimpleQueue
-
-            self._wanted, self._done = SimpleQueue(), SimpleQueue()
-            thread = threading.Thread(target=self._run, name="sync", daemon=True)
             try:
+                thread = threading.Thread(target=self._run, name="sync", daemon=True)
                 thread.start()
             except RuntimeError:  # no more threads
                 return False
@@ -164,17 +164,19 @@ class SyncThread:
 
     def _run(self) -> None:
         use_all_cpus()
-        while self._wanted.get():
-            error = None
+        while True:
+            self._wanted.acquire()
+            if self._ends:
+                return
             try:
                 self._sync()
-            except BaseException as caught:  # noqa: BLE001 - raised again by sync()
-                error = caught
-            self._done.put(error)
+            except BaseException as error:  # noqa: BLE001 - raised again by sync()
+                self._error = error
+            self._done.release()
 
     def close(self) -> None:
-        """No sync is running."""
+        """No sync is running, or waited for."""
         if self._thread is not None:
-            self._wanted.put(False)
+            self._ends = True
+            _open(self._wanted)
             self._thread.join()
-            self._thread = None

@@ -235,7 +235,10 @@ def test_readers_see_the_old_file_or_the_new(tmp_path: Path, monkeypatch: pytest
     assert path.stat().st_size == 5 * 64 * KiB
 
 
-def test_file_is_durable_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("replace", [True, False])
+def test_file_is_durable_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: bool
+) -> None:
     log: list[str] = []
 
     def note(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -246,10 +249,10 @@ def test_file_is_durable_before_it_gets_its_name(tmp_path: Path, monkeypatch: py
 
         return call
 
-    for name in ("fsync", "replace"):
+    for name in ("fsync", "replace", "link"):
         monkeypatch.setattr(os, name, note(name, getattr(os, name)))
-    qedcore.create(tmp_path / "x.qed", MiB)
-    assert log == ["fsync", "replace", "fsyncdirectory"]
+    qedcore.create(tmp_path / "x.qed", MiB, replace=replace)
+    assert log == ["fsync", "replace" if replace else "link", "fsyncdirectory"]
 
 
 TARGETS: dict[str, tuple[Callable[[Path], object], int | None]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -317,8 +318,10 @@ def test_confined_threads_have_a_thread_that_is_not(cpus: Cpus) -> None:
     syncs = SyncThread(sync)
     syncs.sync()
     assert made == [(os.getpid(), {0, 1, 2})]  # not confined: no other thread
+    modules = set(sys.modules)
     for _ in range(3):
         on_a_thread(lambda: (syncs.sync(), cpus.of.setdefault(threading.get_native_id(), {1})))
+    assert set(sys.modules) == modules  # no descriptor is needed: a server may have none left
     threads = {thread for thread, _ in made[1:]}
     assert len(made) == 4 and len(threads) == 1
     assert all(mask == {0, 1, 2} for _, mask in made)
@@ -329,7 +332,7 @@ def test_confined_threads_have_a_thread_that_is_not(cpus: Cpus) -> None:
 
 
 def test_error_of_the_other_thread(cpus: Cpus) -> None:
-    errors: list[BaseException | None] = [StorageError("no", code=errno.EIO), MemoryError(), None]
+    errors: list[BaseException | None] = [StorageError("no"), MemoryError(), BaseException("odd"), None]
 
     def sync() -> None:
         error = errors.pop(0)
@@ -337,7 +340,7 @@ def test_error_of_the_other_thread(cpus: Cpus) -> None:
             raise error
 
     syncs = SyncThread(sync)
-    for error in errors[:2]:
+    for error in errors[:-1]:
         with pytest.raises(type(error)):  # type: ignore[arg-type]
             on_a_thread(syncs.sync)
     on_a_thread(syncs.sync)
@@ -371,3 +374,65 @@ def test_file_is_synced_there(cpus: Cpus, tmp_path: Path, monkeypatch: pytest.Mo
     assert made == [("sync", storage.fd)]
     storage.close()
     assert "sync" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_each_waits_for_its_own_sync(cpus: Cpus) -> None:
+    gate = Gate()
+    syncs = SyncThread(gate.stop)
+    for _ in range(3):
+        job = Job(syncs.sync)
+        gate.reached()
+        job.join(0.05)
+        assert job.is_alive(), "returned before its sync was over"
+        gate.open()
+        job.result()
+    syncs.close()
+
+
+def test_file_is_closed_after_the_last_sync(cpus: Cpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    storage = FileStorage(tmp_path / "file", writable=True)
+    on_a_thread(storage.flush)
+    close = os.close
+
+    def closed(fd: int) -> None:
+        assert "sync" not in [thread.name for thread in threading.enumerate()]
+        close(fd)
+
+    monkeypatch.setattr(os, "close", closed)
+    storage.close()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EPERM, "no"), AttributeError("sched_getaffinity")])
+def test_no_affinity(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """A sandbox, or a system without: no other thread."""
+
+    def fail(pid: int) -> set[int]:
+        raise error
+
+    monkeypatch.setattr(os, "sched_getaffinity", fail)
+    made: list[str] = []
+    SyncThread(lambda: made.append(threading.current_thread().name)).sync()
+    assert made == [threading.current_thread().name]
+
+
+def test_cpus_that_cannot_be_had(cpus: Cpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(pid: int, mask: set[int]) -> None:
+        raise OSError(errno.EPERM, "no")
+
+    monkeypatch.setattr(os, "sched_setaffinity", fail)
+    made: list[str] = []
+    syncs = SyncThread(lambda: made.append(threading.current_thread().name))
+    on_a_thread(syncs.sync)
+    syncs.close()
+    assert made == ["sync"]
+
+
+def test_more_cpus_than_the_first_thread(cpus: Cpus) -> None:
+    """The operator has moved that one only (taskset -p)."""
+    cpus.of[os.getpid()] = {0}
+    made: list[str] = []
+    syncs = SyncThread(lambda: made.append(threading.current_thread().name))
+    on_a_thread(syncs.sync)
+    syncs.close()
+    assert made != ["sync"]
