@@ -307,7 +307,7 @@ def test_scale(tmp_path: Path, tools: None, readme: Path) -> None:
     found = run(tmp_path, "--scale", "--rows", ",".join(names), "--only", OURS)
     assert not found["left_out"]
     assert {s["row"] for s in found["samples"]} == set(names)
-    assert all(len(s.get("slices", ())) > 3 for s in found["samples"] if s["row"].startswith("long"))
+    assert all(s.get("slices") for s in found["samples"] if s["row"].startswith("long"))
     pytest.importorskip("matplotlib")
     assert bench.main(["--report", str(tmp_path / "out.json"), *places(readme)]) == 0
     assert "(chart.svg)" in readme.read_text()
