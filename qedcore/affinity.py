@@ -12,9 +12,8 @@ So each connection has a CPU for its threads; one that is alone keeps all of the
 A thread moves when it first meets another one inside a request, so that a client with one request at a time keeps
 all CPUs.  nbdkit's threads end with their connection.
 
-What takes a CPU long outside of Python, such as writing out what a flush asks for, is better done elsewhere
-(storage/flush.py): so that there is always a CPU for it, the process's first thread is never moved, and shows which
-CPUs there are.
+What takes long outside of Python, such as writing out what a flush asks for, is better done on another CPU meanwhile
+(storage/flush.py).  The process's first thread meets nobody and is never moved: it shows which CPUs there are.
 """
 
 from __future__ import annotations
