@@ -286,7 +286,7 @@ def test_unreachable_server_is_no_lost_write(waits: Waits) -> None:
 
 
 class Cpus:
-    """Stands in for the system calls: `confined` threads have CPU 1, all others 0 to 2."""
+    """Stands in for the system calls: the first thread has CPUs 0 to 2, all others are confined to CPU 1 at first."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.of: dict[int, set[int]] = {os.getpid(): {0, 1, 2}}  # by native thread identifier
@@ -298,10 +298,8 @@ class Cpus:
         return pid or threading.get_native_id()
 
 
-def on_a_thread(work: Callable[[], object]) -> None:
-    """A new thread is confined, as is what one starts that was moved."""
-    job = Job(work)
-    job.result()
+def has_sync_thread() -> bool:
+    return "sync" in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.fixture
@@ -320,14 +318,14 @@ def test_confined_threads_have_a_thread_that_is_not(cpus: Cpus) -> None:
     assert made == [(os.getpid(), {0, 1, 2})]  # not confined: no other thread
     modules = set(sys.modules)
     for _ in range(3):
-        on_a_thread(lambda: (syncs.sync(), cpus.of.setdefault(threading.get_native_id(), {1})))
+        Job(syncs.sync).result()
     assert set(sys.modules) == modules  # no descriptor is needed: a server may have none left
     threads = {thread for thread, _ in made[1:]}
     assert len(made) == 4 and len(threads) == 1
     assert all(mask == {0, 1, 2} for _, mask in made)
-    assert "sync" in [thread.name for thread in threading.enumerate()]
+    assert has_sync_thread()
     syncs.close()
-    assert "sync" not in [thread.name for thread in threading.enumerate()]
+    assert not has_sync_thread()
     syncs.close()
 
 
@@ -342,8 +340,8 @@ def test_error_of_the_other_thread(cpus: Cpus) -> None:
     syncs = SyncThread(sync)
     for error in errors[:-1]:
         with pytest.raises(type(error)):  # type: ignore[arg-type]
-            on_a_thread(syncs.sync)
-    on_a_thread(syncs.sync)
+            Job(syncs.sync).result()
+    Job(syncs.sync).result()
     assert not errors
     syncs.close()
 
@@ -361,7 +359,7 @@ def test_no_more_threads(cpus: Cpus, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    on_a_thread(work)
+    Job(work).result()
     syncs.close()
 
 
@@ -370,10 +368,10 @@ def test_file_is_synced_there(cpus: Cpus, tmp_path: Path, monkeypatch: pytest.Mo
     storage = FileStorage(tmp_path / "file", writable=True)
     made: list[tuple[str, int]] = []
     monkeypatch.setattr(os, "fdatasync", lambda fd: made.append((threading.current_thread().name, fd)))
-    on_a_thread(storage.flush)
+    Job(storage.flush).result()
     assert made == [("sync", storage.fd)]
     storage.close()
-    assert "sync" not in [thread.name for thread in threading.enumerate()]
+    assert not has_sync_thread()
 
 
 def test_each_waits_for_its_own_sync(cpus: Cpus) -> None:
@@ -392,11 +390,11 @@ def test_each_waits_for_its_own_sync(cpus: Cpus) -> None:
 def test_file_is_closed_after_the_last_sync(cpus: Cpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     storage = FileStorage(tmp_path / "file", writable=True)
-    on_a_thread(storage.flush)
+    Job(storage.flush).result()
     close = os.close
 
     def closed(fd: int) -> None:
-        assert "sync" not in [thread.name for thread in threading.enumerate()]
+        assert not has_sync_thread()
         close(fd)
 
     monkeypatch.setattr(os, "close", closed)
@@ -423,7 +421,7 @@ def test_cpus_that_cannot_be_had(cpus: Cpus, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "sched_setaffinity", fail)
     made: list[str] = []
     syncs = SyncThread(lambda: made.append(threading.current_thread().name))
-    on_a_thread(syncs.sync)
+    Job(syncs.sync).result()
     syncs.close()
     assert made == ["sync"]
 
@@ -433,6 +431,6 @@ def test_more_cpus_than_the_first_thread(cpus: Cpus) -> None:
     cpus.of[os.getpid()] = {0}
     made: list[str] = []
     syncs = SyncThread(lambda: made.append(threading.current_thread().name))
-    on_a_thread(syncs.sync)
+    Job(syncs.sync, name="other").result()
     syncs.close()
-    assert made != ["sync"]
+    assert made == ["other"]
