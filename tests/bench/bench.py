@@ -11,7 +11,8 @@ plugin.
     qemu-nbd-io_uring  the same with --aio=io_uring
     qemu-nbd-threads   the same with --aio=threads, for a QEMU with another default (only with --only)
     nbdkit-file        nbdkit's file plugin, on a raw file of the same content
-    nbdkit-null        nbdkit's null plugin, which does nothing: what the others could reach at best
+    nbdkit-alone       nbdkit's null plugin, in C, which does nothing: what the others could reach at best; for
+                       images of many extents its sparse-random plugin, which has as many
     nbdkit-python      a plugin in Python that serves a raw file and does nothing else: what Python costs
 
 Images that are read are in the page cache, those that are written to are new in each run.  In the
@@ -173,9 +174,14 @@ class Bench:
                 self.results.failures.append(f"{row.name}, {contender}: {e}")
         return self._measure(row, contender, round_, prove)
 
-    def _command(self, contender: str, image: Path, address: Path) -> list[str]:
+    def _command(self, contender: str, row: Row, image: Path, address: Path) -> list[str]:
         o = self.options
-        return servers.command(contender, image, address, o.threads, o.plugin, o.param)
+        return servers.command(contender, row, image, self.images.size(row), address, o.threads, o.plugin, o.param)
+
+    def _image(self, row: Row, contender: str) -> contextlib.AbstractContextManager[Path]:
+        if contender == FLOOR:
+            return contextlib.nullcontext(Path(os.devnull))
+        return self.images.for_run(row, "raw" if contender in (RAW, PLAIN) else "qed")
 
     def _measure(self, row: Row, contender: str, round_: int, prove: bool) -> Sample:
         seconds = self.options.long_seconds if row.slices else self.options.seconds
@@ -185,13 +191,12 @@ class Bench:
         def sample(measured: Measured, cpu: float, rss: int) -> Sample:
             return Sample(**vars(measured), row=row.name, contender=contender, round=round_, cpu=cpu, rss=rss)
 
-        fmt = "raw" if contender in (RAW, FLOOR, PLAIN) else "qed"
-        with self.images.for_run(row, fmt) as image:
+        with self._image(row, contender) as image:
             if row.work == "check":
                 return sample(*client.check(image))
             prove &= contender != FLOOR
             before = allocated(image) if prove and row.writes else 0
-            with Server(self._command(contender, image, address), address, self._tmp / "log") as server:
+            with Server(self._command(contender, row, image, address), address, self._tmp / "log") as server:
                 try:
                     cpu = 0.0
                     if row.work != "open":

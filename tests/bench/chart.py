@@ -33,10 +33,10 @@ NAMES = {
     QEMU_THREADS: "qemu-nbd --aio=threads",
     QEMU_IO_URING: "qemu-nbd --aio=io_uring",
     RAW: "nbdkit's file plugin, raw",
-    FLOOR: "nbdkit's null plugin",
+    FLOOR: "nbdkit alone",
     PLAIN: "a plain Python plugin, raw",
 }
-# As ratios.COLUMNS
+# As ratios.RIVALS
 BARS = (("to qemu-nbd", COLOURS[QEMU]), ("to the best qemu-nbd", COLOURS[QEMU_IO_URING]), ("to raw", COLOURS[RAW]))
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -114,7 +114,7 @@ def draw_curves(figure: Any, results: Results, curves: list[str], points: list[R
 
 
 def draw_ratios(axes: Any, results: Results, rows: list[Row]) -> None:
-    found = [[column(results.samples, row.name, ratios.speed) for column in ratios.COLUMNS] for row in rows]
+    found = [[column(results.samples, row.name, ratios.speed) for column in ratios.RIVALS] for row in rows]
     for position, factors in enumerate(found):
         given = [(factor, colour) for factor, (_, colour) in zip(factors, BARS) if factor]
         for n, (factor, colour) in enumerate(given):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from bench.rows import OURS, QEMU, QEMUS, RAW, Sample
+from bench.rows import FLOOR, OURS, PLAIN, QEMU, QEMUS, RAW, Sample
 
 Figure = Callable[[Sample], float]  # higher is better
 
@@ -61,4 +61,14 @@ def to_raw(samples: Sequence[Sample], row: str, figure: Figure = speed) -> float
     return ratio(samples, row, [RAW], figure)
 
 
-COLUMNS: tuple[Callable[[Sequence[Sample], str, Figure], float | None], ...] = (to_qemu, to_best, to_raw)
+def to_plain(samples: Sequence[Sample], row: str, figure: Figure = speed) -> float | None:
+    return ratio(samples, row, [PLAIN], figure)
+
+
+def to_floor(samples: Sequence[Sample], row: str, figure: Figure = speed) -> float | None:
+    return ratio(samples, row, [FLOOR], figure)
+
+
+Column = Callable[[Sequence[Sample], str, Figure], "float | None"]
+RIVALS: tuple[Column, ...] = (to_qemu, to_best, to_raw)
+LIMITS: tuple[Column, ...] = (to_plain, to_floor)

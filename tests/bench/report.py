@@ -8,11 +8,16 @@ from pathlib import Path
 
 from bench import ratios
 from bench.results import Results
-from bench.rows import CONTENDERS, FLOOR, OURS, PLAIN, QEMU, QEMUS, GiB, MiB, Row, Sample
+from bench.rows import CONTENDERS, OURS, QEMU, QEMUS, GiB, MiB, Row, Sample
 from bench.servers import BenchError
 
 BEGIN = "<!-- bench -->"
 END = "<!-- /bench -->"
+LIMITS = (
+    "The last two columns show what is possible at all. Plain Python is a plugin that calls `os.preadv`, `os.pwrite` "
+    "and `os.fdatasync` and does nothing else. nbdkit alone is its null plugin, which is in C and does nothing; for "
+    "extents and scattered data its sparse-random plugin, with as many."
+)
 
 
 def median(samples: Sequence[Sample], figure: ratios.Figure) -> float:
@@ -74,40 +79,25 @@ def short(factor: float | None) -> str:
 
 
 def table(results: Results) -> list[str]:
-    lines = ["| work | qemu-nbd | best qemu-nbd | file plugin, raw |", "|---|---|---|---|"]
+    columns = ratios.RIVALS + ratios.LIMITS
+    lines = ["| work | qemu-nbd | best qemu-nbd | file plugin, raw | plain Python, raw | nbdkit alone |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
     for row in results.measured_rows(scale=False):
-        cells = [short(column(results.samples, row.name, ratios.speed)) for column in ratios.COLUMNS]
+        cells = [short(column(results.samples, row.name, ratios.speed)) for column in columns]
         lines.append(f"| {row.title} | {' | '.join(cells)} |")
-    cells = [short(worst_memory(results, column)) for column in range(len(ratios.COLUMNS))]
+    cells = [short(worst_memory(results, column)) for column in columns]
     if any(cells):
         lines.append(f"| peak memory of the server, the worst of these | {' | '.join(cells)} |")
     return lines
 
 
-def worst_memory(results: Results, column: int) -> float | None:
+def worst_memory(results: Results, column: ratios.Column) -> float | None:
     found = [
-        ratios.COLUMNS[column](results.samples, row.name, ratios.frugality)
+        column(results.samples, row.name, ratios.frugality)
         for row in results.measured_rows(scale=False)
         if row.work != "check"  # no server
     ]
     return min((factor for factor in found if factor is not None), default=None)
-
-
-def floors(results: Results) -> str:
-    """What nbdkit reaches with a plugin that does nothing, where that was measured."""
-    parts = []
-    for row in results.measured_rows(scale=False):
-        null, ours = (ratios.of(results.samples, row.name, c) for c in (FLOOR, OURS))
-        if null and ours:
-            limit, mine = (median(samples, lambda s: s.speed) for samples in (null, ours))
-            parts.append(f"{row.title}: {mine / 1000:.3g} of {limit / 1000:.3g}")
-    return "; ".join(parts)
-
-
-def shares_of_plain(results: Results) -> str:
-    """What we reach of a Python plugin that serves a raw file, where that was measured."""
-    shares = {row.title: ratios.ratio(results.samples, row.name, [PLAIN]) for row in results.measured_rows(False)}
-    return "; ".join(f"{title}: {short(share)}" for title, share in shares.items() if share is not None)
 
 
 def readme_part(results: Results, chart: str) -> str:
@@ -121,19 +111,7 @@ def readme_part(results: Results, chart: str) -> str:
     best = " and ".join(f"`{name}`" for name in qemu_options(measured))
     if best:
         text += f" Best is the better of {best} in each round."
-    paragraphs = [text, "\n".join(table(results))]
-    limits = floors(results)
-    if limits:
-        paragraphs.append(
-            "What nbdkit and fio can do at all, measured with nbdkit's null plugin in the same run, in thousands of "
-            f"requests/s: {limits}."
-        )
-    shares = shares_of_plain(results)
-    if shares:
-        paragraphs.append(
-            "What we reach of a plugin in Python that calls `os.preadv`, `os.pwrite` and `os.fdatasync` on a raw "
-            f"file and does nothing else, in the same run: {shares}."
-        )
+    paragraphs = [text, "\n".join(table(results)), LIMITS]
     if chart:
         paragraphs.append(f"![Ratios and scale]({chart})")
     return "\n\n".join(paragraphs)

@@ -19,7 +19,7 @@ QEMU = "qemu-nbd"  # its defaults: --aio=threads, --cache=writeback; qemu-img, w
 QEMU_THREADS = "qemu-nbd-threads"  # for a QEMU with another default
 QEMU_IO_URING = "qemu-nbd-io_uring"
 RAW = "nbdkit-file"  # nbdkit's file plugin, on a raw file of the same content
-FLOOR = "nbdkit-null"  # nbdkit's null plugin: what nbdkit and the client cost alone
+FLOOR = "nbdkit-alone"  # a plugin in C that is part of it, and does nothing: what nbdkit and the client cost
 PLAIN = "nbdkit-python"  # plain.py: what Python costs besides
 CONTENDERS = (OURS, QEMU, QEMU_IO_URING, RAW, FLOOR, PLAIN, QEMU_THREADS)
 DEFAULT_CONTENDERS = CONTENDERS[:-1]
@@ -63,7 +63,7 @@ class Row:
         if self.work == "check":
             return contender in (OURS, QEMU)
         if contender == FLOOR:
-            return self.work == "fio" and self.image in ("full", "copy")
+            return self.work in ("fio", "open") and self.image in ("full", "copy") or self.image in ("sparse", "half")
         if contender == PLAIN and self.curve:
             return False
         if contender in (RAW, PLAIN):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.rows import FLOOR, OURS, PLAIN, QEMU, QEMU_IO_URING, QEMU_THREADS, RAW, KiB
+from bench.rows import CLUSTER, FLOOR, OURS, PLAIN, QEMU, QEMU_IO_URING, QEMU_THREADS, RAW, KiB, Row
 
 START_TIMEOUT = 20  # seconds
 STOP_TIMEOUT = 60  # seconds: a server may have much to flush
@@ -47,9 +47,9 @@ def run(*command: str | os.PathLike[str], accept: Sequence[int] = (0,)) -> str:
 
 
 def command(
-    contender: str, image: Path, address: Path, threads: int, plugin: Path, params: Sequence[str]
+    contender: str, row: Row, image: Path, size: int, address: Path, threads: int, plugin: Path, params: Sequence[str]
 ) -> list[str]:
-    """The server's command line.  An image of nbdkit-null has the right size, and is not read."""
+    """The server's command line.  size: bytes of the device, for who has no image."""
     nbdkit = ["nbdkit", "-f", "-U", str(address), "-t", str(threads)]
     qemu_nbd = ["qemu-nbd", "-t", "-e", "64", "-f", "qed", "-k", str(address)]
     if contender == OURS:
@@ -59,9 +59,18 @@ def command(
     if contender == PLAIN:
         return [*nbdkit, "python", str(Path(__file__).with_name("plain.py")), f"file={image}"]
     if contender == FLOOR:
-        return [*nbdkit, "null", f"size={image.stat().st_size}"]
+        return [*nbdkit, *floor(row, size)]
     aio = {QEMU: [], QEMU_THREADS: ["--aio=threads"], QEMU_IO_URING: ["--aio=io_uring"]}[contender]
     return [*qemu_nbd, *aio, str(image)]
+
+
+def floor(row: Row, size: int) -> list[str]:
+    """The plugin in C that has the least to do for a row, with its parameters."""
+    if row.image == "half":  # as many extents
+        return ["sparse-random", f"size={size}", "percent=50", f"runlength={16 * CLUSTER}"]
+    if row.image == "sparse":  # not 1 %: its runs begin anywhere, and nbdcopy reads the aligned 256 KiB around each
+        return ["sparse-random", f"size={size}", "percent=0.8", f"runlength={CLUSTER}"]
+    return ["null", f"size={size}"]
 
 
 class Server:
