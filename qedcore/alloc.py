@@ -23,10 +23,11 @@ I5. Where nothing locks the image, somebody else may write to it.  Who does so c
 
 from __future__ import annotations
 
+import errno
 import threading
 from typing import Callable, NamedTuple
 
-from .errors import ForeignWriterError, QEDError, StorageError
+from .errors import ForeignWriterError, QEDError, StorageError, UnreachableError
 from .free import CLEAN, USED, FreeMap
 from .geometry import Bounds, Geometry, MiB
 from .header import FEATURE_NEED_CHECK, HeaderUpdater
@@ -162,10 +163,16 @@ class Allocator:
             return
         with self._lock:
             oldest = self._in_flight.oldest()
-            ready = [freed.extent for freed in self._unlinked if freed.epoch <= oldest]
+            ready = [freed for freed in self._unlinked if freed.epoch <= oldest]
             self._unlinked = [freed for freed in self._unlinked if freed.epoch > oldest]
-        punched = [(extent, self._punch(extent)) for extent in _joined(ready, self._geometry.cluster_size)]
-        self._storage.flush()  # if it fails, nothing is ever certain again: these are never used
+        joined = _joined([freed.extent for freed in ready], self._geometry.cluster_size)
+        punched = [(extent, self._punch(extent)) for extent in joined]
+        try:
+            self._storage.flush()  # if it fails, nothing is ever certain again: these are never used
+        except UnreachableError:  # but for this: nothing is lost, and the next flush may succeed
+            with self._lock:
+                self._unlinked[:0] = ready
+            raise
         with self._lock:
             for extent, is_hole in punched:
                 cluster = extent.offset >> self._geometry.l2_shift
@@ -425,6 +432,8 @@ class NeedCheckGate:
                 self.clear(IDLE_SECONDS)
             except QEDError as error:
                 report(error)
+            except MemoryError:
+                report(StorageError("NEED_CHECK stays set: out of memory", code=errno.ENOMEM))
 
     def close(self) -> None:
         """End the dirty period for good.  Nothing may be in flight.  Raises StorageError (NEED_CHECK then stays)."""

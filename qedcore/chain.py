@@ -7,6 +7,7 @@ import fcntl
 import os
 import stat
 import time
+from contextlib import suppress
 from typing import Callable
 
 from .backing import FOREIGN_FORMATS, BackingName, BackingPolicy, parse_name, probe, resolve
@@ -17,7 +18,7 @@ from .header import FEATURE_NO_PROBE
 from .image import DEFAULT_L2_CACHE, Parts, QEDImage
 from .in_flight import InFlight
 from .request import Source, layers
-from .storage import Storage
+from .storage import Storage, close_all
 from .storage.file import CacheMode, FileStorage, cache_mode, is_uri, open_storage
 from .storage.lock import LockedError
 
@@ -147,8 +148,8 @@ class ChainOpener:
                 backing = image
             return self._images[0]
         except BaseException:
-            for storage in self._storages:
-                storage.close()
+            with suppress(StorageError):  # the first error is the one to tell
+                close_all(self._storages)
             raise
 
     def _opened(self, storage: Storage, path: str) -> Storage:
@@ -309,5 +310,4 @@ def open_source(
 
 def close_source(source: Source | None) -> None:
     """Close the files of a chain that was opened read-only."""
-    for layer in layers(source):
-        layer.storage.close()
+    close_all(layer.storage for layer in layers(source))

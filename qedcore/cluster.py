@@ -56,7 +56,8 @@ class ClusterMap:
         self.l1_lock = ranked_lock(Rank.L1)
         self.table_locks = KeyedLocks(Rank.L2_TABLE)  # keyed by L1 index: a missing table has no offset yet
         self._doubtful_l1: set[int] = set()  # indexes whose last write failed (I3)
-        self._own_tables: set[int] = set()  # indexes of tables that need no screening (I4)
+        self._own_tables: set[int] = set()  # L1 indexes of tables that need no screening (I4),
+        self._linked: set[int] = set()  # and indexes of slices
         self._touched = -1  # index of the slice that was used last, by any thread
         self._known: dict[int, tuple[tuple[Kind, int], ...]] = {}  # slice index -> _few_runs (I5)
 
@@ -73,7 +74,7 @@ class ClusterMap:
         past_end.screen_l1(self.l1, self.l1_offset)
         to_l1 = self.geometry.l1_shift - self.geometry.slice_shift
         self.cache.screen = lambda index, table, offset: past_end.screen_slice(index, table, offset, index >> to_l1)
-        self._own_tables = past_end.own
+        self._own_tables, self._linked = past_end.own, past_end.linked
 
     def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
         """The run at pos: (kind, file offset of pos's byte or 0, bytes up to `length`).  length > 0.
@@ -275,15 +276,17 @@ class ClusterMap:
         After a failed write the slice is read again before its next use (I3).
         """
         geo = self.geometry
+        slice_index = pos >> geo.slice_shift
         # Almost always it is there, and its use was noted when the request looked it up.
-        table = self.cache.slices.get(pos >> geo.slice_shift) or self.table_at(pos)
+        table = self.cache.slices.get(slice_index) or self.table_at(pos)
         assert table is not None
+        self._linked.add(slice_index)
         index = (pos >> geo.l2_shift) & geo.slice_mask
         try:
             # Its L1 entry is sound, and known: the slice was loaded through it.
             self.write_l2(self.l1[pos >> geo.l1_shift] + geo.slice_offset(pos), table, index, entries)
         except StorageError:
-            self.cache.discard(pos >> geo.slice_shift)
+            self.cache.discard(slice_index)
             self._known = {}
             raise
         table[index : index + len(entries)] = entries

@@ -356,10 +356,10 @@ class Arrangement:
         return slot
 
 
-def clear_past_end(metadata: Metadata, size: int) -> bool:
+def clear_past_end(metadata: Metadata, size: int, only_look: bool = False) -> bool:
     """Clear all entries for clusters past a device of `size` bytes; True if there were any.  Does not flush.
 
-    Their clusters become leaks.  Raises CorruptImageError and StorageError.
+    Their clusters become leaks.  With `only_look` nothing is changed.  Raises CorruptImageError and StorageError.
     """
     geo = metadata.geometry
     index, entry = divmod(geo.clusters(size), geo.table_entries)
@@ -370,13 +370,13 @@ def clear_past_end(metadata: Metadata, size: int) -> bool:
         if offset:
             if not metadata.bounds.valid_table(offset):
                 raise CorruptImageError(f"L1 entry {index} points to {offset:#x}, not a table: repair it first")
-            found = _clear_entries(metadata, offset, entry)
+            found = _clear_entries(metadata, offset, entry, only_look)
         index += 1
-    return _clear_entries(metadata, l1_offset, index) or found
+    return _clear_entries(metadata, l1_offset, index, only_look) or found
 
 
-def _clear_entries(metadata: Metadata, offset: int, first: int) -> bool:
-    """Clear the entries of the table at `offset` from number `first` on; True if there were any."""
+def _clear_entries(metadata: Metadata, offset: int, first: int, only_look: bool) -> bool:
+    """Clear the entries of the table at `offset` from number `first` on, or `only_look`; True if there were any."""
     geo = metadata.geometry
     found = False
     for base in range(0, geo.table_entries, geo.part_entries):
@@ -386,8 +386,9 @@ def _clear_entries(metadata: Metadata, offset: int, first: int) -> bool:
         table = metadata.tables.read(offset + base * ENTRY, geo.part_entries)
         rest = table[start:]
         if rest.count(UNALLOCATED) != len(rest):
-            metadata.tables.write(offset + base * ENTRY, table, start, empty(len(rest)))
             found = True
+            if not only_look:
+                metadata.tables.write(offset + base * ENTRY, table, start, empty(len(rest)))
     return found
 
 

@@ -14,14 +14,22 @@ from typing import Callable, NamedTuple
 from .alloc import Allocator, Extent, NeedCheckGate
 from .check import repair_after_crash, shares_clusters
 from .cluster import ClusterMap, Kind
-from .errors import CorruptImageError, ImageFormatError, QEDError, ReadOnlyError, ShutdownError, UnsupportedError
+from .errors import (
+    CorruptImageError,
+    ImageFormatError,
+    QEDError,
+    ReadOnlyError,
+    ShutdownError,
+    StorageError,
+    UnsupportedError,
+)
 from .geometry import Bounds, Geometry, MiB
 from .header import Header, HeaderUpdater, read_backing_name, read_header
 from .in_flight import InFlight
 from .l2_cache import L2Cache
 from .locks import Rank, ranked_lock
 from .request import ClosedRequests, Requests, Source, layers
-from .storage import ReadBuffer, Storage, WriteBuffer
+from .storage import ReadBuffer, Storage, WriteBuffer, close_all, drop_cache
 from .table import TableIO
 from .write import WritableRequests
 
@@ -147,8 +155,9 @@ class QEDImage:
         unlinked = [(extent.offset >> self.geometry.l2_shift, extent.n) for extent in freed]
         try:
             shared = shares_clusters(self.storage, self.geometry, self._bounds, self.header.l1_table_offset, unlinked)
-        except QEDError as error:
-            self._log(f"{self.storage.name}: freed clusters are not used again: {error}")
+        except (QEDError, MemoryError) as error:
+            why = str(error) or "out of memory"
+            self._log(f"{self.storage.name}: freed clusters are not used again: {why}")
             return False
         if shared:
             self._log(f"{self.storage.name}: damaged: freed clusters may be shared and are not used again: check it")
@@ -301,9 +310,12 @@ class QEDImage:
                 self.storage.flush()
                 if self.header.need_check:
                     self._log(f"{self.storage.name}: NEED_CHECK stays set, for the next writable open to repair")
+        except StorageError:
+            # Linux may go on showing what it could not write: whoever opens the image next must not rely on that.
+            drop_cache(self.storage)
+            raise
         finally:
-            for layer in layers(self):
-                layer.storage.close()
+            close_all(layer.storage for layer in layers(self))
 
     def _check_open(self) -> None:
         if self._closed:

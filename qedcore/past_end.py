@@ -6,7 +6,9 @@ clusters would share one cluster of the file.
 I1. When a table is first read from a writable image, such entries are made invalid for good: their lowest bit is set,
     durably, which keeps what they were for whoever repairs the image.  Their clusters stay unreadable, as before.
 I2. Tables are screened as they are read, not all at open, which would take time with the size of the image.  One that
-    is read for the first time only after the file has grown is screened against the end that the file had.
+    is read only after the file has grown is screened against the end that the file had.
+I3. What was linked since the image was opened is right: such slices and tables are not screened.  They are noted
+    before the first write to them.  The others may be screened again, which finds nothing new.
 """
 
 from __future__ import annotations
@@ -28,18 +30,16 @@ class PastEnd:
         self._geometry = geometry
         self._end = bounds.end  # bytes: the end of the file before it grew
         self._log = log
-        self._screened: set[int] = set()  # slice indexes
-        self.own: set[int] = set()  # L1 indexes of the tables that were made since the image was opened
+        self.linked: set[int] = set()  # indexes of the slices that were changed since the image was opened
+        self.own: set[int] = set()  # L1 indexes of the tables that were made since then
 
     def screen_l1(self, l1: Table, l1_offset: int) -> None:
         self._screen(l1, l1_offset, self._end - self._geometry.table_bytes + 1)
 
     def screen_slice(self, index: int, table: Table, offset: int, l1_index: int) -> None:
         """Screen the slice with this index, just read from `offset`, of the L2 table with this L1 index."""
-        # What was linked after the first look is right.
-        if l1_index not in self.own and index not in self._screened:
+        if l1_index not in self.own and index not in self.linked:
             self._screen(table, offset, self._end)
-            self._screened.add(index)
 
     def _screen(self, table: Table, offset: int, limit: int) -> None:
         if max(table) < limit:

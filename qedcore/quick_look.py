@@ -173,13 +173,16 @@ def look_at_all(
     tables: Callable[[], Iterator[tuple[int, int]]],  # (L1 index, file offset in bytes) of all L2 tables
     progress: Callable[[int], None],  # takes a number of tables
 ) -> Sums | None:
-    """Claim all that the L2 tables refer to.  None if an entry is wrong, or a table cannot be read.
+    """Claim all that the L2 tables refer to.  None if an entry is wrong, or this cannot be done.
 
     If there are fewer bytes in the map than claims, then some cluster was claimed twice.
     """
     first, second = (_Half(storage, geometry, tables(), part, vectors[part]) for part in (0, 1))
     other = threading.Thread(target=second.run, args=(lambda done: None,), daemon=True)
-    other.start()
+    try:
+        other.start()
+    except RuntimeError:  # no more threads: the scan needs none
+        return None
     try:
         first.run(progress)
     finally:

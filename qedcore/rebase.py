@@ -123,7 +123,8 @@ def _same_place(old: Source | None, new: Source | None, pos: int, length: int) -
         if here is None or there is None:
             same = here is there
         else:
-            same = at == other and here.identity() == there.identity()
+            # Not the file's bytes on one side and, by another format's name, what it shows a guest on the other.
+            same = at == other and here.identity() == there.identity() and type(here) is type(there)
         if done and same is not result:
             break
         result = same

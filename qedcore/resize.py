@@ -32,7 +32,9 @@ def resize(image: QEDImage, size: int) -> None:
 
 def _grow(metadata: Metadata, size: int) -> None:
     storage, requests, old_size = metadata.storage, metadata.requests, metadata.requests.size
-    if clear_past_end(metadata, old_size):
+    if clear_past_end(metadata, old_size, only_look=True):
+        Layout(metadata)  # refuses a damaged image
+        clear_past_end(metadata, old_size)
         storage.flush()  # the entries, before their clusters are used for something else
         pack(metadata)
     # In memory the device grows first, so that requests can prepare what the header then reveals.

@@ -137,6 +137,11 @@ class Salvage:
         if not whole:
             before = Header(cluster_size=0, table_size=0)
         found = found or self._from_file(before)
+        if self._image_size > found.geometry.max_image_size:
+            raise RequestError(
+                f"image size {self._image_size} is more than an image of these clusters and tables can have, "
+                f"{found.geometry.max_image_size}"
+            )
         self._find_tables(found)
         if not found.tables:
             empty = self._empty()

@@ -9,8 +9,10 @@ I4. A failed sync is never forgotten: the system may have dropped the pages, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
+
+from ..errors import StorageError
 
 # bytes, bytearray, memoryview, mmap: whatever the os module takes (typing.Buffer exists from 3.12 on)
 ReadBuffer = Any
@@ -59,6 +61,23 @@ def read_from_disk(storage: Storage) -> None:
     used again.  And when a flush has failed, Linux may go on showing what it could not write, as if it had.
     """
     storage.flush()
+    drop_cache(storage)
+
+
+def drop_cache(storage: Storage) -> None:
+    """What is read from here on comes from the disk, where the storage has a cache that can be dropped."""
     drop = getattr(storage, "drop_cache", None)
     if drop is not None:
         drop()
+
+
+def close_all(storages: Iterable[Storage]) -> None:
+    """Close each of them, whatever happens to the others.  Raises the first error."""
+    failure: StorageError | None = None
+    for storage in storages:
+        try:
+            storage.close()
+        except StorageError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure

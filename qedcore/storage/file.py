@@ -198,6 +198,8 @@ class FileStorage:
                     f"cannot make {self.name} {size} bytes long: it is not a regular file", code=errno.ENOSPC
                 ) from None
             raise StorageError(f"cannot make {self.name} {size} bytes long", error) from None
+        except OverflowError:  # more than off_t can say
+            raise StorageError(f"cannot make {self.name} {size} bytes long", OSError(errno.EFBIG, "")) from None
 
     def punch(self, offset: int, length: int) -> bool:
         try:

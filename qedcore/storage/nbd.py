@@ -31,7 +31,7 @@ from ..locks import Rank, ranked_condition
 from . import ReadBuffer, WriteBuffer
 from .flush import GroupCommit
 from .lock import LockedError, Locking
-from .nbd_link import Link, LinkLost, Peer, explained, import_nbd
+from .nbd_link import Link, LinkLost, Peer, explained, import_nbd, text_of
 from .ranges import BusyRanges
 
 PATIENCE = 30.0  # seconds: how long a request waits for a server that has gone away
@@ -171,7 +171,11 @@ class NbdStorage:
             link.close()
             raise LinkLost(f"it has {size} bytes now, not {self._size}: another export")
         self._size = size
-        link.keep_alive(self._patience)
+        try:
+            link.keep_alive(self._patience)
+        except OSError as error:
+            link.close()
+            raise LinkLost(text_of(error)) from None
         return link
 
     def _call(self, submit: Callable[[Any, Callable[[Any], int]], object]) -> None:

@@ -85,9 +85,13 @@ class Link:
         self._polling = False
         self._closing = False
         self.lost = False
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.handle = nbd.NBD()
+        self.handle: Any = None
         try:
+            self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise LinkLost(text_of(error)) from None
+        try:
+            self.handle = nbd.NBD()
             self.handle.set_pread_initialize(False)
             self.handle.add_meta_context("base:allocation")
             peer.begin(self.handle)
@@ -232,7 +236,7 @@ class Link:
 
     def _release(self) -> None:
         try:
-            if self.handle.aio_is_ready():
+            if self.handle is not None and self.handle.aio_is_ready():
                 self.handle.aio_disconnect()
         except self._nbd.Error:
             pass

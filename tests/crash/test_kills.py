@@ -9,9 +9,10 @@ import random
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from support.crashes import RecordedFile, World
+from support.crashes import RecordedFile, World, guest
 from support.patterns import stamp
 from support.qed_image import Built, QedFile
 
@@ -121,3 +122,30 @@ def test_what_the_system_has_given_up(
             except CorruptImageError:
                 wrong += 1
     assert (wrong > 0) == believed
+
+
+@pytest.mark.parametrize("believed", [False, True], ids=["", "believed"])
+def test_what_could_not_be_written_is_not_shown_to_the_next(
+    image: Image, monkeypatch: pytest.MonkeyPatch, believed: bool
+) -> None:
+    """Also when only data were overwritten, so that nothing says that the image was not closed well."""
+    built = image(size=64 * CS, cluster_size=CS, table_size=1, layout="D")
+    world = World(built.path)
+    old = guest(built.path)
+    img = qedcore.open_image(built.path, opener=world.open)
+    img.pwrite(b"a" * CS, 0)
+    world.flush_failed = world.give_up
+    world.before = mock.Mock(side_effect=StorageError("injected"))
+    if believed:
+        monkeypatch.setattr(RecordedFile, "drop_cache", lambda file: None)
+    for work in (img.flush, img.close):
+        with pytest.raises(StorageError):
+            work()
+    world.before = lambda number: None
+    with qedcore.open_image(built.path, opener=world.open) as img:
+        shown = img.pread(img.size, 0)
+        img.flush()
+    power_lost = list(world.crash_states())[-1]
+    built.path.write_bytes(power_lost.files[str(built.path)])
+    assert guest(built.path) == old
+    assert (shown != old) == believed

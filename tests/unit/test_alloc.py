@@ -13,7 +13,7 @@ from fakes import WAIT, Call, FailAt, Gate, Hook, Interrupted, Job, MemoryStorag
 
 from qedcore import alloc
 from qedcore.alloc import GROWTH_STEP, IDLE_SECONDS, Allocator, Extent, NeedCheckGate
-from qedcore.errors import ForeignWriterError, QEDError, StorageError
+from qedcore.errors import ForeignWriterError, QEDError, StorageError, UnreachableError
 from qedcore.geometry import Bounds, Geometry
 from qedcore.header import Header, HeaderUpdater
 from qedcore.in_flight import InFlight
@@ -222,6 +222,24 @@ def test_nothing_is_reused_after_a_failed_flush() -> None:
     for _ in range(9):
         assert target.allocate(1).offset > extent.offset + 3 * CS
         target.flush()
+
+
+def test_freed_clusters_wait_for_a_server_that_is_away() -> None:
+    """Nothing was lost then: the next flush makes them free."""
+    away = [UnreachableError("away")]
+
+    def hook(call: Call) -> None:
+        if call.name == "flush" and away:
+            raise away.pop()
+
+    tap, target, extent = filled(3, hook=hook)
+    target.free(extent)
+    with pytest.raises(UnreachableError):
+        target.flush()
+    assert (target.pending, target.free_clusters) == (3, 0)
+    target.flush()
+    assert (target.pending, target.free_clusters) == (0, 3)
+    assert target.allocate(3) == extent
 
 
 def test_a_damaged_image_reuses_nothing() -> None:
@@ -937,6 +955,31 @@ def test_timer_counts_from_the_last_allocation(make: Callable[..., Dirty]) -> No
     look(dirty, 4)
     assert dirty.take_log() == [] and dirty.on_disk
     dirty.gate.close()
+
+
+def test_timer_without_memory(make: Callable[..., Dirty]) -> None:
+    """It says so, keeps NEED_CHECK, and can still be ended."""
+    told = threading.Event()
+    errors: list[QEDError] = []
+
+    def report(error: QEDError) -> None:
+        errors.append(error)
+        told.set()
+
+    def hook(call: Call) -> None:
+        raise MemoryError
+
+    dirty = make()
+    dirty.clock.timer = dirty.clock.now + IDLE_SECONDS - 0.05
+    dirty.gate.start_timer(report)
+    begin(dirty)
+    dirty.tap.hook = hook
+    dirty.clock.timer += 1
+    assert told.wait(WAIT)
+    dirty.tap.hook = None
+    assert [error.errno for error in errors] == [errno.ENOMEM]
+    dirty.gate.close()
+    assert dirty.on_disk
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4], ids=["truncate", "data flush", "clear", "last flush"])

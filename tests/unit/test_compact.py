@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from fakes import FailAt, open_tapped
@@ -413,6 +415,41 @@ def test_tidy_takes_what_was_freed_during_the_look_for_shared_clusters(image: Im
         assert tidy(img) == 0
     assert path.stat().st_size == end - 4 * CS
     assert_sound(path)
+
+
+def test_look_for_shared_clusters_without_another_thread(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numpy")
+    monkeypatch.setattr("qedcore.scan._VECTOR_ENTRIES", 1)  # as in a large image, where two threads look
+    path = image(**SMALL, size=100 * CS, layout=dict.fromkeys(range(10), "data")).path
+    refused = []
+
+    def start(thread: threading.Thread) -> None:
+        refused.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    with qedcore.open_image(path) as img:
+        img.trim(3 * CS, 2 * CS)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            img.flush()
+        assert refused and img._allocator.free_clusters == 2
+        assert tidy(img) == 0
+    assert_sound(path)
+
+
+def test_look_for_shared_clusters_without_memory(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is used again, and that is all."""
+    path = image(**SMALL, size=100 * CS, layout=dict.fromkeys(range(10), "data")).path
+    lines: list[str] = []
+    with qedcore.open_image(path, log=lines.append) as img:
+        img.trim(3 * CS, 2 * CS)
+        with monkeypatch.context() as patch:
+            patch.setattr("qedcore.image.shares_clusters", mock.Mock(side_effect=MemoryError))
+            img.flush()
+        assert img._allocator.free_clusters == 0
+    assert [line for line in lines if line.endswith("freed clusters are not used again: out of memory")]
+    with QedFile(path) as file:
+        assert not file.need_check
 
 
 @pytest.mark.parametrize("work", [tidy, compact], ids=["tidy", "compact"])

@@ -6,6 +6,7 @@ one cluster of the file.
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,22 @@ def test_own_tables_and_clusters_past_the_old_end_are_valid(tmp_path: Path) -> N
             for cluster in (5, 70, 5000):
                 want = b"%d/%d" % (table, cluster)
                 assert image.pread(len(want), table * SPAN + cluster * CS) == want
+
+
+def test_reading_costs_no_memory_that_stays(tmp_path: Path) -> None:
+    """However many tables a client reads, more is kept only of those that are written."""
+    path = tmp_path / "image.qed"
+    build(path, ImageSpec(size=1 << 61, cluster_size=1 << 20, table_size=16, layout={0: "data"}))  # type: ignore[arg-type]
+    with qedcore.open_image(path, l2_cache=0) as image:
+        slice_bytes = 1 << image.geometry.slice_shift
+        image.pread(1, 0)
+        tracemalloc.start()
+        try:
+            for pos in range(0, 32 * slice_bytes, slice_bytes):  # one table of many slices
+                image.pread(1, pos)
+            before = tracemalloc.get_traced_memory()[0]
+            for pos in range(0, 1024 * slice_bytes, slice_bytes):
+                image.pread(1, pos)
+            assert tracemalloc.get_traced_memory()[0] - before < 10_000
+        finally:
+            tracemalloc.stop()

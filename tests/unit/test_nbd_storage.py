@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import socket
@@ -381,6 +382,28 @@ def test_server_that_stays_away(server: FakeServer, storage: NbdStorage, clock: 
     with pytest.raises(UnreachableError):
         storage.flush()
     assert clock.now - before >= 30
+
+
+@pytest.mark.parametrize("function, n", [("pipe2", 1), ("dup", 1), ("dup", 2)])
+def test_no_descriptor_left_for_a_moment(
+    server: FakeServer, storage: NbdStorage, monkeypatch: pytest.MonkeyPatch, function: str, n: int
+) -> None:
+    """While connecting again: that is no failed flush, and nothing is left open."""
+    storage.pwrite(b"kept", 0)
+    before = open_fds()
+    server.crash()
+    server.start()
+    real, calls = getattr(os, function), itertools.count(1)
+
+    def fail(*args: Any) -> Any:
+        if next(calls) == n:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(*args)
+
+    monkeypatch.setattr(os, function, fail)
+    storage.flush()
+    assert next(calls) > n + 1 and server.durable[:4] == b"kept"
+    assert open_fds() == before
 
 
 def test_many_wait_for_one_attempt(server: FakeServer, storage: NbdStorage, clock: Clock) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import qemu
 from support.crashes import World, check_crashes, guest
 from support.patterns import KiB, assert_same, random_ops, stamp
 from support.qed_image import F_BACKING_FILE, F_NO_PROBE, Built, QedFile, assert_sound, read_header
@@ -162,6 +163,16 @@ def test_common_file_is_not_compared(image: Image, tmp_path: Path) -> None:
     assert sum(read) < 600 * CS  # the first slice's comparison; not the whole
     world.save()
     assert QedFile(path).entry(0) > 1
+
+
+def test_same_file_in_another_format(image: Image, tmp_path: Path) -> None:
+    """Its bytes and what it shows a guest are not the same."""
+    qemu.qemu_img_ok("create", "-q", "-f", "qcow2", tmp_path / "b.qcow2", str(SIZE))
+    path = image(cluster_size=CS, table_size=2, size=SIZE, backing="b.qcow2", no_probe=True).path
+    before = guest(path)
+    rebased(path, "b.qcow2", "qcow2")
+    qemu.to_raw(path, tmp_path / "after.raw")
+    assert_same((tmp_path / "after.raw").read_bytes(), before)
 
 
 # -- names ---------------------------------------------------------------------------------------------------------

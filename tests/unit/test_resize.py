@@ -154,6 +154,16 @@ def test_shrink_of_a_damaged_image(image: Image) -> None:
         assert oracle.size == 16 << 20
 
 
+def test_growth_of_a_damaged_image(image: Image) -> None:
+    """With leftovers of a shrink past its end: nothing is changed before it is refused."""
+    path = image(**{**SMALL, "size": 4 * CS}, layout={0: "data", 5: "data"}, entries={1: lambda b: b.offsets[0]}).path
+    before = path.read_bytes()
+    with pytest.raises(CorruptImageError), qedcore.open_image(path) as img:
+        resize(img, 16 << 20)
+    header, after = 64, path.read_bytes()
+    assert after[header:] == before[header:]
+
+
 CRASHES: dict[str, tuple[dict[str, Any], int]] = {
     "grow": ({"size": 3 * CS + 512, "layout": "DD D"}, 9 * CS),
     "grow, stale entries": (

@@ -216,6 +216,11 @@ def test_impossible_knowledge(image: Image, tmp_path: Path, known: dict[str, int
         rescue(damaged(image, None).path, tmp_path / "out.raw", **known)
 
 
+def test_size_that_the_geometry_cannot_have(image: Image, tmp_path: Path) -> None:
+    with pytest.raises(QEDError, match=f"image size {1 << 62} is more than .* {4096 * 512 * 512}$"):
+        rescue(damaged(image, None).path, tmp_path / "out.raw", cluster_size=4096, table_size=1, image_size=1 << 62)
+
+
 def test_failing_target(image: Image, tmp_path: Path) -> None:
     built = damaged(image, None)
     (tmp_path / "out.raw").write_bytes(b"")

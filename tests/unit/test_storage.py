@@ -17,7 +17,7 @@ from support.patterns import KiB, assert_same
 from support.tools import unavailable
 
 from qedcore.errors import RequestError, StorageError
-from qedcore.storage import direct
+from qedcore.storage import close_all, direct
 from qedcore.storage.direct import DirectStorage
 from qedcore.storage.file import CACHE_MODES, CacheMode, FileStorage, cache_mode, open_storage
 
@@ -351,6 +351,29 @@ def test_errors_carry_errno_and_place(open_any: Open, monkeypatch: pytest.Monkey
         text = str(caught.value)
         assert caught.value.errno == code
         assert storage.name in text and text.endswith(os.strerror(code)) and "\n" not in text
+
+
+def test_length_that_no_file_can_have(open_any: Open) -> None:
+    with pytest.raises(StorageError, match=f"{1 << 63} bytes long: {os.strerror(errno.EFBIG)}") as caught:
+        open_any(bytes(16384)).truncate(1 << 63)
+    assert caught.value.errno == errno.EFBIG
+
+
+def test_all_are_closed_whatever_happens() -> None:
+    class Closing:
+        def __init__(self, *errors: StorageError) -> None:
+            self.errors = errors
+            self.closed = False
+
+        def close(self) -> None:
+            self.closed = True
+            for error in self.errors:
+                raise error
+
+    storages: list[Any] = [Closing(), Closing(StorageError("first")), Closing(StorageError("second")), Closing()]
+    with pytest.raises(StorageError, match="first"):
+        close_all(storages)
+    assert all(storage.closed for storage in storages)
 
 
 @pytest.mark.parametrize("done", [1, 600])
