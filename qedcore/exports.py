@@ -20,7 +20,7 @@ from .parameters import NewImage, Parameters
 from .shared import Opener, SharedImage
 from .sizes import format_size
 from .storage import Storage
-from .storage.file import CacheMode
+from .storage.file import CacheMode, open_storage
 
 MAX_LISTED = 10_000  # exports: nbdkit's limit, beyond which it lists none
 
@@ -95,6 +95,7 @@ class OneImage:
                 backing_file=new.backing_file,
                 backing_fmt=new.backing_fmt,
                 replace=False,
+                check=self._check_new,
             )
         except StorageError as error:
             if error.errno == errno.EEXIST:
@@ -102,6 +103,13 @@ class OneImage:
             raise
         self._parameters.log(f"{self._path}: created: {describe(header)}")
         return True
+
+    def _check_new(self, path: str) -> None:
+        """The new image, at `path` still, opens as the parameters allow.  Raises QEDError."""
+        try:
+            self._parameters.open_image(path, False, open_storage, InFlight()).close()
+        except QEDError as error:
+            raise RequestError(str(error).replace(path, self._path)) from None
 
     def _compare(self, new: NewImage) -> None:
         """Tell where an image that was there is another than the one asked for."""

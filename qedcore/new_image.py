@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
 from .errors import ImageFormatError, RequestError, StorageError
@@ -24,11 +24,13 @@ def create(
     backing_file: str | None = None,
     backing_fmt: str | None = None,
     replace: bool = True,
+    check: Callable[[str], None] = lambda path: None,
 ) -> Header:
     """Make an empty image of `size` bytes (rounded up to 512) at `path`; an existing file is replaced at once.
 
     `backing_fmt` "raw" is recorded in the image; with anything else readers probe.  The backing file is not opened.
-    With `replace` False an existing file is left alone, and the StorageError's errno is EEXIST.
+    With `replace` False an existing file is left alone, and the StorageError's errno is EEXIST.  `check` is called
+    with the path that the complete file has before it gets its name: if it raises, that is removed.
     Raises ImageFormatError and RequestError before anything is touched, else StorageError.
     """
     if size < 0:
@@ -54,9 +56,11 @@ def create(
         backing_filename_offset=HEADER_BYTES if name else 0,
         backing_filename_size=len(name),
     )
-    with replacing(path, replace) as temporary, open(temporary, "r+b") as file:
-        file.write(header.pack() + name)
-        file.truncate(cluster_size + geometry.table_bytes)  # the L1 table stays a hole: an empty one is all zeros
+    with replacing(path, replace) as temporary:
+        with open(temporary, "r+b") as file:
+            file.write(header.pack() + name)
+            file.truncate(cluster_size + geometry.table_bytes)  # the L1 table stays a hole: an empty one is all zeros
+        check(temporary)
     return header
 
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import QEDError
-from .common import PROGRAM, interrupted, trace
+from .common import INTERRUPTED, PROGRAM, to_be_checked, trace
 
 COMMANDS = {
     "create": "make an empty image",
@@ -133,15 +133,32 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return build_command_parser(command).parse_intermixed_args(split(argv[at + 1 :]), args)
 
 
-def _terminate(*_: object) -> NoReturn:
-    """SIGTERM: an exception, so that temporary files are removed."""
-    sys.exit(128 + signal.SIGTERM)
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP has come: an exception, so that temporary files are removed."""
+
+
+_FATAL = (signal.SIGTERM, signal.SIGHUP)
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    raise Terminated(number)
 
 
 def _broken_pipe() -> int:
     """Who read our output has enough; nothing may be printed at exit either."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
+    return _ended_by(signal.SIGPIPE)
+
+
+def _ended_by(number: int) -> int:
+    """The exit code; a line says so if an image has to be checked now."""
+    path = to_be_checked()
+    with suppress(OSError):  # there may be no terminal any more
+        if path is not None:
+            print(f"{PROGRAM}: {INTERRUPTED.format(path)}", file=sys.stderr)
+        elif number == signal.SIGINT:
+            print(f"{PROGRAM}: interrupted", file=sys.stderr)
+    return 128 + number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,9 +177,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return EXIT_FAILURE
     failure = getattr(args.module, "FAILURE", EXIT_FAILURE)
-    terminate, interrupt = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (*_FATAL, signal.SIGINT)}
+    interrupt = before[signal.SIGINT]
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in _FATAL:
+            if before[number] is signal.SIG_DFL:  # nohup has SIGHUP ignored
+                signal.signal(number, _terminate)
         if interrupt is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         gc.freeze()
@@ -181,10 +201,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with suppress(OSError):  # perhaps it is what has failed
             sys.stdout.flush()
         if isinstance(error, KeyboardInterrupt):
-            print(f"{PROGRAM}: {interrupted()}", file=sys.stderr)
-            return 128 + signal.SIGINT
+            return _ended_by(signal.SIGINT)
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return int(getattr(error, "exit_code", failure))
+    except Terminated as signalled:
+        return _ended_by(signalled.args[0])
     finally:
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, terminate)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -307,17 +307,20 @@ def open_file(
 _written: list[str] = []  # paths of all that open_qed has opened for writing
 
 
-def interrupted() -> str:
-    """What to say when the user has interrupted the command: also whether an image has to be checked now."""
+INTERRUPTED = "interrupted; {} is whole, and will be checked when it is next written to"
+
+
+def to_be_checked() -> str | None:
+    """The path of an image that the command has left so when it was interrupted."""
     for path in _written:
         with suppress(QEDError):
             storage = open_storage(path, writable=False)
             try:
                 if read_header(storage)[0].need_check:
-                    return f"interrupted; {path} is whole, and will be checked when it is next written to"
+                    return path
             finally:
                 storage.close()
-    return "interrupted"
+    return None
 
 
 def notice(line: str) -> None:

@@ -30,6 +30,7 @@ from .common import (
     find_qemu_img,
     is_ours,
     locate,
+    notice,
     open_end_point,
     open_reason,
     sized,
@@ -90,6 +91,7 @@ class Copy:
         based: bool,
         limit: RateLimit,
         salvage: bool,
+        quiet: bool,
         progress: Progress,
     ) -> None:
         self._target = target
@@ -98,12 +100,15 @@ class Copy:
         self._skip_zeros = fresh and target.backing is None
         self._limit = limit
         self._salvage = salvage
+        self._quiet = quiet
+        self._lost_end = -1  # of what could not be read last, in the source
         self._progress = progress
         self._buffer = bytearray(BUFFER)
 
     def run(self, source: EndPoint, name: str, base: int, end: int) -> None:
         """Copy [0, end) of the source to [base, base + end) of the target.  Raises QEDError."""
         pos = 0
+        self._lost_end = -1
         while pos < end:
             try:
                 kind, n = self._status(source, pos, end - pos)
@@ -111,6 +116,7 @@ class Copy:
                 if not self._salvage:
                     raise RequestError(f"error while reading block status at offset {pos}: {error}") from error
                 kind, n = "lost", _to_next_cluster(source, pos, end)
+                self._warn(pos, n, error)
             if kind == "data":
                 self._copy_data(source, name, base, pos, n)
             elif kind != "backing":
@@ -155,8 +161,15 @@ class Copy:
             part = view[start : min(start + SECTOR, n)]
             try:
                 source.pread_into(part, pos + start)
-            except QEDError:
+            except QEDError as error:
                 part[:] = bytes(len(part))
+                self._warn(pos + start, len(part), error)
+
+    def _warn(self, pos: int, n: int, error: QEDError) -> None:
+        """n bytes at pos of the source cannot be read: a line for each place, however much is lost there."""
+        if pos != self._lost_end and not self._quiet:
+            notice(f"warning: error while reading offset {pos}: {error}")
+        self._lost_end = pos + n
 
     def _write(self, pos: int, n: int) -> None:
         """Write the first n bytes of the buffer at pos of the target, zeros in whole granules as such."""
@@ -225,7 +238,7 @@ class Conversion:
                 unit = target.geometry.cluster_size if isinstance(target, QEDImage) else _SPARSE
                 granule = min(round_up(max(unit, self._sparse), unit), BUFFER)
             progress = stack.enter_context(Progress(args, total))
-            copy = Copy(target, fresh, granule, based, RateLimit(self._rate), args.salvage, progress)
+            copy = Copy(target, fresh, granule, based, RateLimit(self._rate), args.salvage, args.quiet, progress)
             base = 0
             for source, where in zip(sources, self._places):
                 copy.run(source, where.name, base, source.size)
@@ -408,7 +421,10 @@ def _must_succeed(exit_code: int) -> None:
 
 def _passed(args: argparse.Namespace) -> dict[str, object]:
     """Options that qemu-img is to take over."""
-    return {"p": args.progress, "q": args.quiet, "r": args.rate, "m": args.coroutines, "W": args.out_of_order}
+    return {
+        "p": args.progress, "q": args.quiet, "r": args.rate, "m": args.coroutines, "W": args.out_of_order,
+        "-salvage": args.salvage,
+    }  # fmt: skip
 
 
 def to_foreign(args: argparse.Namespace, source: str, target: Location) -> int:

@@ -156,10 +156,14 @@ def run(args: argparse.Namespace) -> int:
     size = found if size is None else size
     if size is None:
         raise RequestError(f"{name}: Image creation needs a size parameter")
-    path = locate(name).path
-    if path is None:
+    where = locate(name)
+    if where.uri is not None:  # qemu-img would wipe what is there before it finds that it cannot be resized
+        raise UnsupportedError(f"{name}: an image is made in a file; nbdcopy takes it to a server")
+    if where.path is None:
+        if args.format is None:
+            args.argv[1:1] = ["-f", format]
         return delegate(args, f"creating {name}")
-    make(name, path, options, size, args.quiet)
+    make(name, where.path, options, size, args.quiet)
     return 0
 
 

@@ -39,19 +39,19 @@ class Tracer:
         assert result.rc == 0, result.text
         return [line for line in self._log.read_text().splitlines() if re.match(r"\d+ +\w+\(", line)]
 
-    def interrupt(self, command: Command, calls: Sequence[str], cwd: Path) -> Result:
-        """Run it once more, with SIGINT during the last of these calls: what it did up to then."""
+    def interrupt(self, command: Command, calls: Sequence[str], cwd: Path, name: str = "SIGINT") -> Result:
+        """Run it once more, with a signal during the last of these calls: what it did up to then."""
         call = re.compile(r"(\d+) +(\w+)\(")
         names = [match.groups() for match in map(call.match, calls) if match]
         # strace counts per process, or thread, and per name.
-        inject = f"inject={names[-1][1]}:signal=SIGINT:when={names.count(names[-1])}"
+        inject = f"inject={names[-1][1]}:signal={name}:when={names.count(names[-1])}"
         return self._run(command, [f"trace={names[-1][1]}", inject], cwd)
 
     def _run(self, command: Command, expressions: Sequence[str], cwd: Path) -> Result:
         options = [word for expression in expressions for word in ("-e", expression)]
         env = {"PYTHONPATH": str(REPO), "PYTHONDONTWRITEBYTECODE": "1"}  # the same calls each time
-        # pytest itself may run where SIGINT is ignored.
-        strace = ["env", "--default-signal=INT", "strace", "-f", "-qq", "-o", str(self._log), *options]
+        # pytest itself may run where they are ignored.
+        strace = ["env", "--default-signal=INT,HUP", "strace", "-f", "-qq", "-o", str(self._log), *options]
         return run([*strace, *command], cwd=cwd, env=env)
 
 
@@ -193,6 +193,28 @@ def test_an_image_that_is_changed_stays_whole(name: str, tmp_path: Path, tracer:
             assert_sound(other)
             qemu.assert_check_clean(other)
         change.verify(before, content(path))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals(name: str, tmp_path: Path, tracer: Tracer) -> None:
+    """Terminated, or the terminal is gone: they are as Ctrl-C; a line tells only of an image to be checked."""
+    code = 128 + getattr(signal, name)
+    prepare, compact = CHANGED["compact"].prepare, [*QED, "compact", "-q", "image.qed"]
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        prepare(tmp_path / place)
+    calls = tracer.calls(compact, CHANGES, tmp_path / "a")
+    done = tracer.interrupt(compact, calls[: len(calls) // 2], tmp_path / "b", name)
+    with QedFile(tmp_path / "b" / "image.qed") as file:
+        assert file.need_check
+    said = "qed: interrupted; image.qed is whole, and will be checked when it is next written to\n"
+    assert (done.rc, done.text) == (code, said)
+    convert = [*QED, "convert", "-O", "raw", "image.qed", "target"]
+    calls = tracer.calls(convert, CHANGES, tmp_path / "a")
+    os.unlink(tmp_path / "a" / "target")
+    done = tracer.interrupt(convert, calls[: len(calls) // 2], tmp_path / "a", name)
+    assert (done.rc, done.text) == (code, "")
+    assert os.listdir(tmp_path / "a") == ["image.qed"]
 
 
 MADE = {

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import qemu
 from support.patterns import KiB, MiB
-from support.qed_image import ImageSpec, QedFile, assert_sound, build, patch_header, read_header
+from support.qed_image import Built, ImageSpec, QedFile, assert_sound, build, patch_header, read_header
 from support.qemu import assert_check_clean, qemu_img, qemu_img_ok
 from support.tools import Result
 
@@ -490,8 +492,8 @@ def test_map_of_runs_of_4_gib(tmp_path: Path, image: Callable[..., object], qed:
     ]
 
 
-def test_map_of_a_damaged_table(tmp_path: Path, image: Callable[..., object], qed: Run) -> None:
-    image(size=MiB, layout="D", entries={3: 0x123})
+def test_map_of_a_damaged_table(tmp_path: Path, image: Callable[..., Built], qed: Run) -> None:
+    built = image(size=MiB, layout="D", entries={3: 0x123})
     found = qed("map", "image.qed", cwd=tmp_path)
     assert found.rc == qemu_img("map", "image.qed", cwd=tmp_path).rc == 1
     assert "Could not read file metadata: L2 entry 3" in found.err
@@ -499,7 +501,17 @@ def test_map_of_a_damaged_table(tmp_path: Path, image: Callable[..., object], qe
     failed = qed("convert", "image.qed", "x.raw", cwd=tmp_path)
     assert failed.rc == 1 and "error while reading block status at offset" in failed.err
     assert os.listdir(tmp_path) == ["image.qed"]
-    assert qed("convert", "--salvage", "image.qed", "x.raw", cwd=tmp_path).rc == 0
+
+    salvaged = qed("convert", "--salvage", "image.qed", "x.raw", cwd=tmp_path)
+    assert (salvaged.rc, salvaged.out) == (0, "")
+    warning = f"qed: warning: error while reading offset {3 * 64 * KiB}: L2 entry 3 at .* points to 0x123: .*\n"
+    assert re.fullmatch(warning, salvaged.err)  # what is lost, once
+    assert qed("convert", "-q", "--salvage", "image.qed", "y.raw", cwd=tmp_path).text == ""
+    assert qed("convert", "--salvage", "-O", "qcow2", "image.qed", "z.qcow2", cwd=tmp_path).rc == 0
+    qemu.to_raw(tmp_path / "z.qcow2", tmp_path / "z.raw", "qcow2")
+    want = built.read(0, 64 * KiB) + bytes(MiB - 64 * KiB)
+    for name in ("x.raw", "y.raw", "z.raw"):
+        assert (tmp_path / name).read_bytes() == want, name
 
 
 # -- dump -----------------------------------------------------------------------------------------------

@@ -103,6 +103,8 @@ def test_changes(image: Image, tmp_path: Path) -> None:
         ("rebase -u -b x -F raw IMAGE", "not a local file"),
         ("convert -O qed same.qed IMAGE", "one local target"),
         ("check nbd+unix:///?socket=missing", "No such file or directory"),
+        ("create IMAGE 1M", "an image is made in a file"),
+        ("create -f qed IMAGE 1M", "an image is made in a file"),
     ],
 )
 def test_refusals_are_one_line(line: str, said: str, image: Image, tmp_path: Path) -> None:

@@ -138,6 +138,10 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "wrong format": ([*CREATE, "size=1M", "backing_file=base", "backing_fmt=qed"], ("base", "not in QED format")),
     "long name": ([*CREATE, "size=1M", f"backing_file={'./' * 2100}base", "backing_fmt=raw"], ("name",)),
     "no directory": (["file=no/x.qed", "create=true", "size=1M"], ("no/x.qed", "No such file")),
+    "backing that is not allowed": (
+        [*CREATE, "size=1M", "backing_file=base", "backing_fmt=raw", "backing=none"],
+        ("'base' of ", "/x.qed is needed, and backing=none allows none"),
+    ),
     "a directory": (["file=.", "create=true", "size=1M"], ("not a file",)),
     "not an image": (["file=base", "create=true", "size=1M"], ("not in QED format",)),
 }
