@@ -310,7 +310,7 @@ def record(
         world.flush_failed = give_up
 
     def look_again() -> None:
-        """Whoever opens the file next may find what the disk has."""
+        """The cache may be dropped now, when the image is closed or opened: what shows then is what the disk has."""
         nonlocal given_up
         if given_up:
             history.tell("lose")
@@ -337,6 +337,7 @@ def record(
         else:
             history.tell("end_flush", began)
         armed = False
+        look_again()
 
     with small_steps(setup.shape), scheduler.locks():
         image = reopened()
@@ -353,7 +354,6 @@ def record(
                     compact.tidy(image)
                 elif todo != "nothing":
                     close(image)
-                    look_again()
                     if todo != "reopen":
                         Repair(world.open(IMAGE, True, CacheMode())).run(everything=todo == "all")
                     image = reopened()
