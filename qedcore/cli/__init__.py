@@ -133,15 +133,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return build_command_parser(command).parse_intermixed_args(split(argv[at + 1 :]), args)
 
 
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP has come: an exception, so that temporary files are removed."""
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP has come: an exception, so that temporary files are removed.  `code` is the exit code."""
 
 
 _FATAL = (signal.SIGTERM, signal.SIGHUP)
+_AFTER_SIGNAL = 128  # and its number: the exit code, as a shell has it
 
 
 def _terminate(number: int, _: object) -> NoReturn:
-    raise Terminated(number)
+    raise Terminated(_AFTER_SIGNAL + number)
 
 
 def _broken_pipe() -> int:
@@ -158,7 +159,7 @@ def _ended_by(number: int) -> int:
             print(f"{PROGRAM}: {INTERRUPTED.format(path)}", file=sys.stderr)
         elif number == signal.SIGINT:
             print(f"{PROGRAM}: interrupted", file=sys.stderr)
-    return 128 + number
+    return _AFTER_SIGNAL + number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return int(getattr(error, "exit_code", failure))
     except Terminated as signalled:
-        return _ended_by(signalled.args[0])
+        return _ended_by(signalled.args[0] - _AFTER_SIGNAL)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

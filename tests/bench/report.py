@@ -14,7 +14,7 @@ from bench.servers import BenchError
 BEGIN = "<!-- bench -->"
 END = "<!-- /bench -->"
 LIMITS = (
-    "The last two columns show what is possible at all. Plain Python is a plugin that calls `os.preadv`, `os.pwrite` "
+    "The last two columns tell where the limits are. Plain Python is a plugin that calls `os.preadv`, `os.pwrite` "
     "and `os.fdatasync` and does nothing else. nbdkit alone is its null plugin, which is in C and does nothing; for "
     "extents and scattered data its sparse-random plugin, with as many."
 )

@@ -295,6 +295,12 @@ def test_table(tmp_path: Path, tools: None, readme: Path, capsys: pytest.Capture
     assert len([line for line in readme.read_text().splitlines() if line.startswith("| ")]) == len(ALL) + 2
 
 
+def test_io_uring(tmp_path: Path, tools: None) -> None:
+    """Measured, or left out where it is forbidden."""
+    found = run(tmp_path, "--rows", "randread-16", "--only", f"{OURS},{QEMU_IO_URING}")
+    assert {s["contender"] for s in found["samples"]} | set(found["left_out"]) == {OURS, QEMU_IO_URING}
+
+
 def test_what_nbdkit_can_do_alone(tmp_path: Path, tools: None) -> None:
     rows = ["randread-16", "overwrite", "copy-sparse", "map", "open"]
     found = run(tmp_path, "--rows", ",".join(rows), "--only", f"{OURS},{FLOOR}")
