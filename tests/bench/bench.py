@@ -133,7 +133,8 @@ class Bench:
         image, address = self._dir / "probe.qed", self._tmp / "sock"
         run("qemu-img", "create", "-q", "-f", "qed", image, str(MiB))
         try:
-            with Server(self._command(QEMU_IO_URING, self.rows[0], image, address), address, self._tmp / "log") as server:
+            command = self._command(QEMU_IO_URING, self.rows[0], image, address)
+            with Server(command, address, self._tmp / "log") as server:
                 server.wait()
         except BenchError:
             self._leave_out(QEMU_IO_URING, server.log())
