@@ -8,7 +8,8 @@ I1. When a table is first read from a writable image, such entries are made inva
 I2. Tables are screened as they are read, not all at open, which would take time with the size of the image.  One that
     is read only after the file has grown is screened against the end that the file had.
 I3. What was linked since the image was opened is right: such slices and tables are not screened.  They are noted
-    before the first write to them.  The others may be screened again, which finds nothing new.
+    before the first write to them.  The others may be screened again, which finds nothing new and takes time: it is
+    remembered of a bounded number of slices that they were.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable
 
 from .geometry import Bounds, Geometry
 from .table import Table, TableIO
+
+_MAX_REMEMBERED = 1 << 22  # slices, a byte each: all of a device of 512 TiB with clusters of 64 KiB
 
 
 class PastEnd:
@@ -30,16 +33,22 @@ class PastEnd:
         self._geometry = geometry
         self._end = bounds.end  # bytes: the end of the file before it grew
         self._log = log
+        self._screened = bytearray()  # by slice index: 1 if it was; made by screen_l1()
         self.linked: set[int] = set()  # indexes of the slices that were changed since the image was opened
         self.own: set[int] = set()  # L1 indexes of the tables that were made since then
 
     def screen_l1(self, l1: Table, l1_offset: int) -> None:
+        self._screened = bytearray(min(len(l1) * self._geometry.slices_per_table, _MAX_REMEMBERED))
         self._screen(l1, l1_offset, self._end - self._geometry.table_bytes + 1)
 
     def screen_slice(self, index: int, table: Table, offset: int, l1_index: int) -> None:
         """Screen the slice with this index, just read from `offset`, of the L2 table with this L1 index."""
-        if l1_index not in self.own and index not in self.linked:
-            self._screen(table, offset, self._end)
+        remembered = index < len(self._screened)
+        if (remembered and self._screened[index]) or l1_index in self.own or index in self.linked:
+            return
+        self._screen(table, offset, self._end)
+        if remembered:
+            self._screened[index] = 1
 
     def _screen(self, table: Table, offset: int, limit: int) -> None:
         if max(table) < limit:

@@ -14,6 +14,8 @@ from support.qed_image import ImageSpec, QedFile, build
 
 import qedcore
 from qedcore.errors import CorruptImageError
+from qedcore.past_end import PastEnd
+from qedcore.table import Table
 
 CS = 64 * 1024
 SPAN = 32768 * CS  # guest bytes of one L2 table
@@ -114,3 +116,26 @@ def test_reading_costs_no_memory_that_stays(tmp_path: Path) -> None:
             assert tracemalloc.get_traced_memory()[0] - before < 10_000
         finally:
             tracemalloc.stop()
+
+
+@pytest.mark.parametrize("remembered", [100, 5], ids=["", "more than are remembered"])
+def test_tables_are_screened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remembered: int) -> None:
+    """However often they are read: it takes longer than the rest of a read."""
+    path = tmp_path / "image.qed"
+    build(path, ImageSpec(**SPEC))  # type: ignore[arg-type]
+    screened: list[int] = []
+    screen = PastEnd._screen
+
+    def note(self: PastEnd, table: Table, offset: int, limit: int) -> None:
+        screened.append(offset)
+        screen(self, table, offset, limit)
+
+    monkeypatch.setattr(PastEnd, "_screen", note)
+    monkeypatch.setattr("qedcore.past_end._MAX_REMEMBERED", remembered)
+    with qedcore.open_image(path, l2_cache=0) as image:
+        del screened[:]
+        for _ in range(3):
+            for pos in range(0, 10 << image.geometry.slice_shift, 1 << image.geometry.slice_shift):
+                image.pread(1, pos)
+    assert len(set(screened)) == 10
+    assert len(screened) == (10 if remembered == 100 else 5 + 3 * 5)
