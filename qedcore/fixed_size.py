@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from functools import partial
 
 from .errors import ImageFormatError, StorageError, UnsupportedError
 from .geometry import MiB
 from .header import read_header
 from .scan import Damage, Scan
-from .storage import ReadBuffer, Storage, WriteBuffer, read_from_disk
+from .storage import ReadBuffer, Storage, WriteBuffer, drop_cache, read_from_disk
 
 _ZEROS = bytes(MiB)
 
@@ -69,7 +70,7 @@ class FixedSizeStorage:
         self.identity = inner.identity
         self.flush = inner.flush
         self.close = inner.close
-        self.drop_cache = getattr(inner, "drop_cache", lambda: None)
+        self.drop_cache = partial(drop_cache, inner)
 
     def size(self) -> int:
         return self._size

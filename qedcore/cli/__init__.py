@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import QEDError
-from .common import INTERRUPTED, PROGRAM, to_be_checked, trace
+from .common import PROGRAM, to_be_checked, trace
 
 COMMANDS = {
     "create": "make an empty image",
@@ -156,7 +156,8 @@ def _ended_by(number: int) -> int:
     path = to_be_checked()
     with suppress(OSError):  # there may be no terminal any more
         if path is not None:
-            print(f"{PROGRAM}: {INTERRUPTED.format(path)}", file=sys.stderr)
+            text = f"interrupted; {path} is whole, and will be checked when it is next written to"
+            print(f"{PROGRAM}: {text}", file=sys.stderr)
         elif number == signal.SIGINT:
             print(f"{PROGRAM}: interrupted", file=sys.stderr)
     return _AFTER_SIGNAL + number

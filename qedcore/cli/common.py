@@ -307,9 +307,6 @@ def open_file(
 _written: list[str] = []  # paths of all that open_qed has opened for writing
 
 
-INTERRUPTED = "interrupted; {} is whole, and will be checked when it is next written to"
-
-
 def to_be_checked() -> str | None:
     """The path of an image that the command has left so when it was interrupted."""
     for path in _written:
