@@ -4,15 +4,15 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # as in typing, which would have to be loaded for it
 if TYPE_CHECKING:
-    from .chain import open_image
-    from .image import QEDImage
-    from .new_image import create
+    from .engine.chain import open_image
+    from .engine.image import QEDImage
+    from .format.create import create
 
 __version__ = "0.1.0"
 
 __all__ = ["QEDImage", "create", "open_image"]
 
-_HOMES = {"QEDImage": ".image", "create": ".new_image", "open_image": ".chain"}
+_HOMES = {"QEDImage": ".engine.image", "create": ".format.create", "open_image": ".engine.chain"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,7 +1,7 @@
 """Names, arguments and printed form of the trace events; names of the fault points.
 
 The names are QEMU's, so that old notes, scripts and eyes keep working.  Two dialects of the arguments: "7.2", the
-default, and "2010", those of the original patch.  What raises them is instrument.py; nothing here or there is
+default, and "2010", those of the original patch.  What raises them is traced.py; nothing here or there is
 loaded while tracing is off.
 """
 

@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
 
 def load(command: str) -> Any:
     """The module of a command."""
-    return importlib.import_module(f"{__name__}.{_MODULES.get(command, command)}")
+    return importlib.import_module(f"{__name__}.commands.{_MODULES.get(command, command)}")
 
 
 def build_parser() -> Parser:

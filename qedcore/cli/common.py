@@ -16,18 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..backing import BackingPolicy, from_options, json_options, parse_name, probe, resolve
+from ..backing.names import BackingPolicy, from_options, json_options, parse_name, probe, resolve
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
-from ..header import read_header
-from ..sizes import parse_qemu_size
+from ..format.header import read_header
 from ..storage import Storage
 from ..storage.file import CACHE_MODES, CacheMode, FileStorage, cache_mode, is_uri, open_storage
 from ..storage.file import open_file as open_local
-from ..storage.lock import Locking
+from ..storage.file_lock import Locking
+from ..units import parse_qemu_size
 
 if TYPE_CHECKING:
-    from ..formats import EndPoint
-    from ..image import QEDImage
+    from ..engine.image import QEDImage
+    from .images import EndPoint
 
 # Under the name of the program that it stands in for, it also signs its messages as that one.
 PROGRAM = "qemu-img" if os.path.basename(sys.argv[0]) == "qemu-img" else "qed"
@@ -248,7 +248,7 @@ def open_qed(
         raise UnsupportedError(
             f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here"
         )
-    from ..chain import open_image  # here and below, because not all commands should wait for these
+    from ..engine.chain import open_image  # here and below, because not all commands should wait for these
 
     options = {"log": notice, "policy": POLICY, **_tracing, **options}
     opened: list[str] = []
@@ -277,7 +277,7 @@ def open_end_point(
     """Open a QED image or a raw file, as find_format tells.  Raises QEDError with qemu-img's message."""
     if find_format(where) == "qed":
         return open_qed(where, writable, cache=cache, force_share=force_share)
-    from ..formats import RawImage
+    from .images import RawImage
 
     storage = open_file(where, writable, cache=cache, force_share=force_share)
     try:

@@ -1,4 +1,4 @@
-"""FileStorage: an image in a local file, through the page cache or past it (O_DIRECT), and locked (lock.py).
+"""FileStorage: an image in a local file, through the page cache or past it (O_DIRECT), and locked (file_lock.py).
 
 I1-I4 as in the contract.  Buffered I/O takes no lock; the system orders overlapping calls.
 """
@@ -16,8 +16,8 @@ from typing import Callable, NamedTuple
 
 from ..errors import RequestError, StorageError
 from . import ReadBuffer, Storage, WriteBuffer
+from .file_lock import FileLock, Locking, Use
 from .flush import GroupCommit, SyncThread
-from .lock import FileLock, Locking, Use
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, with FALLOC_FL_KEEP_SIZE as it must be
 FAR = 1 << 63  # bytes: past the end of every file

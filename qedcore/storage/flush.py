@@ -15,9 +15,9 @@ from __future__ import annotations
 import threading
 from typing import Any, Callable
 
-from ..affinity import confined, use_all_cpus
 from ..errors import StorageError, UnreachableError
 from ..locks import Rank, ranked_lock
+from ..server.affinity import confined, use_all_cpus
 
 
 class _Batch:
@@ -125,7 +125,7 @@ def _open(gate: Any) -> None:
 
 
 class SyncThread:
-    """Wraps `sync`, for GroupCommit: for a confined thread (affinity.py) it runs on a thread that is not.
+    """Wraps `sync`, for GroupCommit: for a confined thread (server/affinity.py) it runs on a thread that is not.
 
     To write out half a megabyte of new clusters takes a CPU 0.1 ms, in which it could serve several requests.
     """

@@ -29,8 +29,8 @@ from typing import Any, Callable
 from ..errors import StorageError, UnreachableError
 from ..locks import Rank, ranked_condition
 from . import ReadBuffer, WriteBuffer
+from .file_lock import LockedError, Locking
 from .flush import GroupCommit
-from .lock import LockedError, Locking
 from .nbd_link import Link, LinkLost, Peer, explained, import_nbd, text_of
 from .ranges import BusyRanges
 

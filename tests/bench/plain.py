@@ -13,8 +13,8 @@ import nbdkit
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
 
-from qedcore.affinity import Crowd, Seat
-from qedcore.thread_state import ThreadStates
+from qedcore.server.affinity import Crowd, Seat
+from qedcore.server.thread_state import ThreadStates
 
 API_VERSION = 2
 

@@ -20,13 +20,14 @@ from support.crashes import State, World
 from support.qed_image import ImageSpec, QedFile, assert_sound, build
 from unit.fakes import MemoryStorage
 
-from qedcore import alloc, compact
-from qedcore.chain import open_image
+from qedcore.check.scan import Damage, Scan
+from qedcore.engine import allocator
+from qedcore.engine.chain import open_image
+from qedcore.engine.image import DEFAULT_L2_CACHE, QEDImage
 from qedcore.errors import QEDError, StorageError
-from qedcore.header import FEATURE_NEED_CHECK
-from qedcore.image import DEFAULT_L2_CACHE, QEDImage
-from qedcore.repair import Repair
-from qedcore.scan import Damage, Scan
+from qedcore.format.header import FEATURE_NEED_CHECK
+from qedcore.maintenance import compact
+from qedcore.maintenance.repair import Repair
 from qedcore.storage import Storage
 from qedcore.storage.file import CacheMode
 from qedcore.storage.flush import GroupCommit
@@ -162,7 +163,7 @@ class History:
 def small_steps(shape: Shape) -> Iterator[None]:
     """Growth and maintenance in steps of a few clusters: more happens in small files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alloc, "GROWTH_STEP", 8 * shape.cluster_size)
+        patch.setattr(allocator, "GROWTH_STEP", 8 * shape.cluster_size)
         patch.setattr(compact, "WINDOW", 4 * shape.cluster_size)
         yield
 

@@ -16,11 +16,12 @@ from support.patterns import KiB, stamp
 from support.qed_image import F_NEED_CHECK, Geometry, ImageSpec, build
 
 import qedcore
-from qedcore import alloc, compact
-from qedcore.chain import close_source
-from qedcore.commit import commit
-from qedcore.rebase import open_base, rebase
-from qedcore.resize import resize
+from qedcore.engine import allocator
+from qedcore.engine.chain import close_source
+from qedcore.maintenance import compact
+from qedcore.maintenance.commit import commit
+from qedcore.maintenance.rebase import open_base, rebase
+from qedcore.maintenance.resize import resize
 
 CS = 4 * KiB
 KINDS = ("grow", "shrink", "commit", "rebase", "compact")
@@ -108,7 +109,7 @@ class Offline:
         world = World(*files)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(compact, "WINDOW", 4 * CS)
-            patch.setattr(alloc, "GROWTH_STEP", 8 * CS)
+            patch.setattr(allocator, "GROWTH_STEP", 8 * CS)
             self.run(world.open)
             states = check_crashes(world, self.path, allowed, self._repair_base, self.rng, subsets)
         world.save()

@@ -83,7 +83,8 @@ def served(seed: str, number: int) -> Result:
     what = f"served, {shape}, {'' if backing else 'no '}backing file"
     with tempfile.TemporaryDirectory(prefix="qed-crash-", dir=scratch()) as directory:
         recording = Recording(Setup(Path(directory), SHAPES[shape], backing))
-        plugin = changed_plugin(Path(directory), f"from qedcore import alloc\nalloc.GROWTH_STEP = {_GROWTH_STEP}")
+        small_steps = f"from qedcore.engine import allocator\nallocator.GROWTH_STEP = {_GROWTH_STEP}"
+        plugin = changed_plugin(Path(directory), small_steps)
         try:
             for _ in range(3):
                 recording.serve(

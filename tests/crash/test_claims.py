@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from crash.schedule import Scheduler
 
-import qedcore.claims
-from qedcore.claims import Claims
+import qedcore.engine.cluster_locks
+from qedcore.engine.cluster_locks import Claims
 
 
 def contend(seed: str | int, threads: int = 4, claimed: Callable[[], dict[int, int]] = dict) -> None:
@@ -60,7 +60,7 @@ def test_give_up_takes_nothing_from_others() -> None:
 
 def as_the_engines(function: Callable[..., Any]) -> Callable[..., Any]:
     """Others may go on between any two of its bytecodes."""
-    code = function.__code__.replace(co_filename=qedcore.claims.__file__)
+    code = function.__code__.replace(co_filename=qedcore.engine.cluster_locks.__file__)
     return FunctionType(code, function.__globals__, function.__name__)
 
 

@@ -20,19 +20,19 @@ from crash.offline import KINDS, Offline
 from crash.schedule import Deadlock, Scheduler, _Condition
 from support.crashes import RecordedFile
 
-from qedcore import claims
-from qedcore.alloc import Allocator, Extent, NeedCheckGate
-from qedcore.claims import Claims
-from qedcore.cluster import NO_CLUSTER, NO_TABLE, ClusterMap, Kind
-from qedcore.compact import Mover
+from qedcore.engine import cluster_locks as claims
+from qedcore.engine.allocator import Allocator, Extent, NeedCheckGate
+from qedcore.engine.cluster_locks import Claims
+from qedcore.engine.cluster_map import NO_CLUSTER, NO_TABLE, ClusterMap, Kind
+from qedcore.engine.image import QEDImage
+from qedcore.engine.in_flight import InFlight
+from qedcore.engine.write import WritableRequests
 from qedcore.errors import QEDError, StorageError
-from qedcore.image import QEDImage
-from qedcore.in_flight import InFlight
+from qedcore.format.table import Table, TableIO
 from qedcore.locks import KeyedLocks
+from qedcore.maintenance.compact import Mover
 from qedcore.storage.file import CacheMode
 from qedcore.storage.flush import GroupCommit
-from qedcore.table import Table, TableIO
-from qedcore.write import WritableRequests
 
 
 @pytest.mark.parametrize("trailing", [b"", b"trailing" * 448], ids=["whole clusters", "partial last cluster"])

@@ -21,9 +21,9 @@ from support.server import Nbdkit, import_nbd
 from support.tools import require, run, unavailable
 
 import qedcore
-from qedcore import alloc
-from qedcore.compact import tidy
+from qedcore.engine import allocator
 from qedcore.errors import StorageError
+from qedcore.maintenance.compact import tidy
 from qedcore.trace import FAULT_POINTS
 
 CS = 4 * KiB
@@ -116,7 +116,7 @@ def splice(content: bytes, pos: int, data: bytes) -> bytes:
 def test_fault_points(
     image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, for_ever: bool
 ) -> None:
-    monkeypatch.setattr(alloc, "GROWTH_STEP", 4 * CS)
+    monkeypatch.setattr(allocator, "GROWTH_STEP", 4 * CS)
     operation = OPERATIONS[name]
     spec: dict[str, Any] = {}
     if operation.backing:

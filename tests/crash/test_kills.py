@@ -17,10 +17,10 @@ from support.patterns import stamp
 from support.qed_image import Built, QedFile
 
 import qedcore
-from qedcore.chain import close_source
+from qedcore.engine.chain import close_source
 from qedcore.errors import CorruptImageError, StorageError
-from qedcore.rebase import change_name, open_base, rebase
-from qedcore.repair import Repair
+from qedcore.maintenance.rebase import change_name, open_base, rebase
+from qedcore.maintenance.repair import Repair
 from qedcore.storage.file import CacheMode
 
 CS = 4096  # bytes of a cluster

@@ -29,10 +29,10 @@ def test_power_loss(tmp_path: Path, backing: bool, seed: str) -> None:
 
 
 FORGETFUL = """
-from qedcore import alloc
+from qedcore.engine import allocator
 from qedcore.storage.file import FileStorage
 
-alloc.GROWTH_STEP = 32768
+allocator.GROWTH_STEP = 32768
 really_flush = FileStorage.flush
 
 def forgetful(storage):

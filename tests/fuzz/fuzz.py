@@ -57,9 +57,9 @@ from support.qed_image import (
 from support.tools import scratch
 
 import qedcore
-from qedcore.backing import BackingPolicy
-from qedcore.chain import close_source
+from qedcore.backing.names import BackingPolicy
 from qedcore.cli import main as qed
+from qedcore.engine.chain import close_source
 from qedcore.errors import QEDError
 
 CPU_LIMIT = 20  # seconds, for a case

@@ -35,7 +35,7 @@ LONGEST = 400  # bytes of a case; after them all choices are the first ones
 SEEDS = 40  # random cases to begin with
 QUICK = 0.08  # seconds of CPU
 # Loops over entries: to count in these takes ten times as long.
-_HOT = ["qedcore.scan", "qedcore.geometry", "qedcore.runs"]
+_HOT = ["qedcore.check.scan", "qedcore.format.geometry", "qedcore.format.table_runs"]
 
 
 class Choices(random.Random):

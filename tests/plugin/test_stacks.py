@@ -15,7 +15,7 @@ Image = Callable[..., Built]
 Serve = Callable[..., Nbdkit]
 
 OUT_OF_ORDER = """
-from qedcore.image import QEDImage
+from qedcore.engine.image import QEDImage
 from qedcore.locks import Rank, ranked_lock
 
 one, two = ranked_lock(Rank.L1), ranked_lock(Rank.GATE)

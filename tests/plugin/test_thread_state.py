@@ -1,4 +1,4 @@
-"""qedcore.thread_state under the real nbdkit, and in every libpython at hand.
+"""qedcore.server.thread_state under the real nbdkit, and in every libpython at hand.
 
 The plugin below serves a RAM disk. Some offsets are commands: a read there raises, reports, or stays in flight until
 the test lets it go. Nothing sleeps: such a request announces itself on a pipe, and one byte on another ends them all.
@@ -25,8 +25,8 @@ from typing import Any
 
 import pytest
 
-from qedcore import thread_state
-from qedcore.thread_state import ThreadStates
+from qedcore.server import thread_state
+from qedcore.server.thread_state import ThreadStates
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RUNS = int(os.environ.get("QED_THREAD_STATE_RUNS", "30"))
@@ -67,7 +67,7 @@ PLUGIN = (
 import ctypes, errno, json, os, select, sys
 sys.path.insert(0, CHECKOUT)
 import nbdkit
-from qedcore import thread_state
+from qedcore.server import thread_state
 
 API_VERSION = 2
 open_file = open
@@ -589,7 +589,7 @@ EMBEDDED_SCRIPT = (
 import ctypes, faulthandler, os, sys, threading
 faulthandler.enable()
 sys.path.insert(0, CHECKOUT)
-from qedcore.thread_state import ThreadStates
+from qedcore.server.thread_state import ThreadStates
 
 states = ThreadStates()
 assert states.enable() is True

@@ -16,8 +16,8 @@ import pytest
 from stress.images import make_image, verify_metadata
 
 import qedcore
-from qedcore.cluster import FOUND
-from qedcore.compact import tidy
+from qedcore.engine.cluster_map import FOUND
+from qedcore.maintenance.compact import tidy
 
 pytestmark = pytest.mark.usefixtures("frequent_switches")
 

@@ -12,7 +12,7 @@ import pytest
 from support.server import wait_for
 
 import qedcore
-from qedcore.claims import Claims
+from qedcore.engine.cluster_locks import Claims
 
 KiB, MiB = 1024, 1024 * 1024
 CLUSTER = 4 * KiB

@@ -26,7 +26,7 @@ STACKS = Path(__file__).with_name("stacks")
 # For support.tools.changed_plugin: a flush never ends.
 DEADLOCK = """
 import threading
-from qedcore.image import QEDImage
+from qedcore.engine.image import QEDImage
 
 never = threading.Lock()
 never.acquire()

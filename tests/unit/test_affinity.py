@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from qedcore.affinity import SMALL, Crowd, Seat, current_cpu
-from qedcore.in_flight import InFlight
+from qedcore.engine.in_flight import InFlight
+from qedcore.server.affinity import SMALL, Crowd, Seat, current_cpu
 
 
 class Moves:

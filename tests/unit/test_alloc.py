@@ -11,12 +11,12 @@ from typing import NamedTuple
 import pytest
 from fakes import WAIT, Call, FailAt, Gate, Hook, Interrupted, Job, MemoryStorage, Tap, Waits
 
-from qedcore import alloc
-from qedcore.alloc import GROWTH_STEP, IDLE_SECONDS, Allocator, Extent, NeedCheckGate
+from qedcore.engine import allocator as alloc
+from qedcore.engine.allocator import GROWTH_STEP, IDLE_SECONDS, Allocator, Extent, NeedCheckGate
+from qedcore.engine.in_flight import InFlight
 from qedcore.errors import ForeignWriterError, QEDError, StorageError, UnreachableError
-from qedcore.geometry import Bounds, Geometry
-from qedcore.header import Header, HeaderUpdater
-from qedcore.in_flight import InFlight
+from qedcore.format.geometry import Bounds, Geometry
+from qedcore.format.header import Header, HeaderUpdater
 
 CS = 4096
 NEED_CHECK = 2

@@ -16,7 +16,7 @@ from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import F_NEED_CHECK, Built, QedFile
 
 import qedcore
-from qedcore.backing import FOREIGN_FORMATS, BackingName, BackingPolicy, parse_name, probe, resolve
+from qedcore.backing.names import FOREIGN_FORMATS, BackingName, BackingPolicy, parse_name, probe, resolve
 from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
 from qedcore.storage import Storage
 from qedcore.storage.file import CacheMode, open_storage
@@ -300,7 +300,7 @@ def test_block_devices_need_permission(image: Image, tmp_path: Path, monkeypatch
     """The file stands for a device: making a real one takes root."""
     base = raw(tmp_path / "base")
     built = image(backing="base", no_probe=True)
-    monkeypatch.setattr("qedcore.backing.stat.S_ISBLK", lambda mode: mode == base.stat().st_mode)
+    monkeypatch.setattr("qedcore.backing.names.stat.S_ISBLK", lambda mode: mode == base.stat().st_mode)
     with pytest.raises(UnsupportedError, match=f"block device: .*backing=any, or backing-dir={base}"):
         qedcore.open_image(built.path)
     for policy in (BackingPolicy(follow="any"), confined(base), confined(tmp_path)):

@@ -19,10 +19,10 @@ from support.patterns import GiB, KiB, MiB, assert_same
 from support.qed_image import F_NEED_CHECK, Built, QedFile, assert_sound
 
 import qedcore
-from qedcore.cluster_use import DATA, METADATA, SHARED, ClusterUse
+from qedcore.check.cluster_use import DATA, METADATA, SHARED, ClusterUse
+from qedcore.check.scan import Damage, Scan, ScanResult
 from qedcore.errors import QEDError
-from qedcore.header import read_header
-from qedcore.scan import Damage, Scan, ScanResult
+from qedcore.format.header import read_header
 from qedcore.storage.file import FileStorage
 
 Image = Callable[..., Built]

@@ -17,8 +17,8 @@ import pytest
 from qedcore.cli import COMMANDS, build_command_parser, common, main, parse
 from qedcore.cli.common import Location, Progress, locate, sized
 from qedcore.errors import RequestError, StorageError, UnsupportedError
-from qedcore.new_image import replacing
-from qedcore.sizes import parse_qemu_size
+from qedcore.format.create import replacing
+from qedcore.units import parse_qemu_size
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,10 +12,10 @@ from support.patterns import KiB, assert_same, stamp
 from support.qed_image import F_NEED_CHECK, Built, QedFile, assert_sound, raw_reader, read_header
 
 import qedcore
-from qedcore.chain import RawSource
-from qedcore.commit import commit
+from qedcore.engine.chain import RawSource
+from qedcore.engine.read import Source
 from qedcore.errors import CorruptImageError, QEDError
-from qedcore.request import Source
+from qedcore.maintenance.commit import commit
 
 CS = 4 * KiB
 SMALL = {"cluster_size": CS, "table_size": 1}

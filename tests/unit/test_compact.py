@@ -18,11 +18,11 @@ from support.patterns import KiB, random_ops, stamp
 from support.qed_image import F_NEED_CHECK, ZERO, Built, Geometry, QedFile, assert_sound, read_header
 
 import qedcore
-from qedcore import compact as module
-from qedcore.alloc import Extent
-from qedcore.compact import compact, pack, tidy
+from qedcore.engine.allocator import Extent
 from qedcore.errors import CorruptImageError, QEDError, ReadOnlyError, ShutdownError, StorageError
-from qedcore.shared import SharedImage
+from qedcore.maintenance import compact as module
+from qedcore.maintenance.compact import compact, pack, tidy
+from qedcore.server.shared_image import SharedImage
 
 CS = 4 * KiB
 SMALL = {"cluster_size": CS, "table_size": 1}  # 512 entries: 2 MiB for one L2 table
@@ -187,7 +187,7 @@ def test_damaged_image_is_refused(image: Image, spec: dict[str, Any]) -> None:
     with pytest.raises(CorruptImageError, match="repair it first"), qedcore.open_image(path) as img:
         compact(img)
     after = path.read_bytes()
-    # The open itself marks an L1 entry past the end (past_end.py); nothing else has changed.
+    # The open itself marks an L1 entry past the end (dangling.py); nothing else has changed.
     changed = [i for i in range(64, len(before)) if after[i] != before[i]]
     assert after[64:] == before[64:] or (spec is DAMAGE["table past the end"] and len(changed) == 1)
 
@@ -419,7 +419,7 @@ def test_tidy_takes_what_was_freed_during_the_look_for_shared_clusters(image: Im
 
 def test_look_for_shared_clusters_without_another_thread(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numpy")
-    monkeypatch.setattr("qedcore.scan._VECTOR_ENTRIES", 1)  # as in a large image, where two threads look
+    monkeypatch.setattr("qedcore.check.scan._VECTOR_ENTRIES", 1)  # as in a large image, where two threads look
     path = image(**SMALL, size=100 * CS, layout=dict.fromkeys(range(10), "data")).path
     refused = []
 
@@ -444,7 +444,7 @@ def test_look_for_shared_clusters_without_memory(image: Image, monkeypatch: pyte
     with qedcore.open_image(path, log=lines.append) as img:
         img.trim(3 * CS, 2 * CS)
         with monkeypatch.context() as patch:
-            patch.setattr("qedcore.image.shares_clusters", mock.Mock(side_effect=MemoryError))
+            patch.setattr("qedcore.engine.image.shares_clusters", mock.Mock(side_effect=MemoryError))
             img.flush()
         assert img._allocator.free_clusters == 0
     assert [line for line in lines if line.endswith("freed clusters are not used again: out of memory")]

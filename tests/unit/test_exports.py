@@ -14,12 +14,12 @@ import pytest
 from fakes import MemoryStorage
 from support.qed_image import ImageSpec, build, patch_header
 
+from qedcore.engine.image import QEDImage
 from qedcore.errors import QEDError, RequestError, StorageError
-from qedcore.exports import ImageDirectory, make_exports
-from qedcore.geometry import Geometry
-from qedcore.image import QEDImage
-from qedcore.parameters import Parameters
-from qedcore.shared import SharedImage
+from qedcore.format.geometry import Geometry
+from qedcore.server.exports import ImageDirectory, make_exports
+from qedcore.server.parameters import Parameters
+from qedcore.server.shared_image import SharedImage
 
 LIMIT = 20  # seconds, for what must happen
 
@@ -369,7 +369,7 @@ def test_who_creates_second_serves_the_first_ones_image(tmp_path: Path, monkeypa
     parameters.complete()
     exports = make_exports(parameters)
     with monkeypatch.context() as patch:
-        patch.setattr("qedcore.exports.os.path.exists", lambda path: False)
+        patch.setattr("qedcore.server.exports.os.path.exists", lambda path: False)
         exports.prepare()
     assert built.path.read_bytes() == content
     assert len(lines) == 1 and "exists" in lines[0]

@@ -13,9 +13,9 @@ from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import F_NEED_CHECK, Built, assert_sound
 
 import qedcore
-from qedcore import alloc
+from qedcore.engine import allocator
 from qedcore.errors import StorageError
-from qedcore.fixed_size import FixedSizeStorage, end_of_image
+from qedcore.storage.fixed_size import FixedSizeStorage, end_of_image
 
 Image = Callable[..., Built]
 CS = 4 * KiB
@@ -81,7 +81,7 @@ def test_end_of_image(image: Image, layout: str) -> None:
 @pytest.mark.parametrize("punch", [True, False], ids=["zero", "write"])
 def test_growth_hides_what_was_there(image: Image, monkeypatch: pytest.MonkeyPatch, punch: bool) -> None:
     """Parts of clusters, tables in new places, several steps."""
-    monkeypatch.setattr(alloc, "GROWTH_STEP", 5 * CS)
+    monkeypatch.setattr(allocator, "GROWTH_STEP", 5 * CS)
     disk, built = make(image, layout="D-Z")
     disk.fail_punch = not punch
     model = bytearray(built.read(0, 8 * MiB))
@@ -124,7 +124,7 @@ def built_end(image: Image) -> int:
 @pytest.mark.parametrize("n", range(30))
 def test_crash(image: Image, rng: random.Random, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     """Any part of what was not flushed is lost: nothing old of the device ever shows, nothing flushed is lost."""
-    monkeypatch.setattr(alloc, "GROWTH_STEP", rng.randrange(0, 6) * CS)
+    monkeypatch.setattr(allocator, "GROWTH_STEP", rng.randrange(0, 6) * CS)
     disk, _ = make(image, layout="-")
     flushed = bytearray(8 * MiB)
     current = bytearray(8 * MiB)

@@ -6,8 +6,8 @@ import random
 
 from fakes import Gate, Job
 
-from qedcore.free import CLEAN, USED, FreeMap
-from qedcore.in_flight import Epoch, InFlight
+from qedcore.engine.free_map import CLEAN, USED, FreeMap
+from qedcore.engine.in_flight import Epoch, InFlight
 
 
 def test_against_a_model(rng: random.Random) -> None:

@@ -8,7 +8,7 @@ import pytest
 from support.patterns import GiB, KiB, MiB, TiB
 
 from qedcore.errors import ImageFormatError, QEDError
-from qedcore.geometry import MAX_DEVICE_SIZE, Bounds, Geometry, check_device_size, round_up
+from qedcore.format.geometry import MAX_DEVICE_SIZE, Bounds, Geometry, check_device_size, round_up
 
 PiB, EiB = 1 << 50, 1 << 60
 ALL = [(4 * KiB << i, 1 << j) for i in range(15) for j in range(5)]

@@ -13,9 +13,9 @@ import pytest
 from support.qed_image import ImageSpec, QedFile, build
 
 import qedcore
+from qedcore.engine.dangling import PastEnd
 from qedcore.errors import CorruptImageError
-from qedcore.past_end import PastEnd
-from qedcore.table import Table
+from qedcore.format.table import Table
 
 CS = 64 * 1024
 SPAN = 32768 * CS  # guest bytes of one L2 table
@@ -131,7 +131,7 @@ def test_tables_are_screened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         screen(self, table, offset, limit)
 
     monkeypatch.setattr(PastEnd, "_screen", note)
-    monkeypatch.setattr("qedcore.past_end._MAX_REMEMBERED", remembered)
+    monkeypatch.setattr("qedcore.engine.dangling._MAX_REMEMBERED", remembered)
     with qedcore.open_image(path, l2_cache=0) as image:
         del screened[:]
         for _ in range(3):

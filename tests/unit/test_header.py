@@ -10,7 +10,7 @@ from fakes import Call, FailAt, Gate, Job, MemoryStorage, Tap
 from support.patterns import KiB, MiB
 
 from qedcore.errors import ImageFormatError, StorageError
-from qedcore.header import Header, HeaderUpdater, read_backing_name, read_header
+from qedcore.format.header import Header, HeaderUpdater, read_backing_name, read_header
 
 # qemu-img create -f qed -b base.raw -F raw, 1 MiB, as in the notes
 EXAMPLE = bytes.fromhex(

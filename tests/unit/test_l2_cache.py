@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 from fakes import WAIT, Gate, Job
 
-from qedcore import l2_cache
+from qedcore.engine import l2_cache
+from qedcore.engine.l2_cache import L2Cache
 from qedcore.errors import StorageError
-from qedcore.l2_cache import L2Cache
 
 ENTRIES = 512  # per slice, 4 KiB
 

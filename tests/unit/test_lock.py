@@ -17,13 +17,13 @@ from unit.fakes import open_fds
 
 import qedcore
 from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
-from qedcore.exports import OneImage
-from qedcore.new_image import create, replacing
-from qedcore.parameters import Parameters
-from qedcore.shared import Opener
-from qedcore.storage import lock
+from qedcore.format.create import create, replacing
+from qedcore.server.exports import OneImage
+from qedcore.server.parameters import Parameters
+from qedcore.server.shared_image import Opener
+from qedcore.storage import file_lock
 from qedcore.storage.file import CacheMode, FileStorage, open_file
-from qedcore.storage.lock import LockedError, Locking, Use, locking
+from qedcore.storage.file_lock import LockedError, Locking, Use, locking
 
 Image = Callable[..., Built]
 
@@ -221,12 +221,12 @@ def test_what_stays_is_never_let_go(use: Callable[..., FileStorage], monkeypatch
         monkeypatch.undo()
         with pytest.raises(LockedError):
             use(Use.WRITE)
-        monkeypatch.setattr(lock.fcntl, "fcntl", watched)
+        monkeypatch.setattr(file_lock.fcntl, "fcntl", watched)
         calls += 1
         return real(fd, command, arg)
 
     real: Any = fcntl.fcntl
-    monkeypatch.setattr(lock.fcntl, "fcntl", watched)
+    monkeypatch.setattr(file_lock.fcntl, "fcntl", watched)
     reader.lock(Use.WRITE)
     reader.lock(Use.READ)
     monkeypatch.undo()
@@ -260,7 +260,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
             commands.append(command)
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(lock.fcntl, "fcntl", fail)
+        monkeypatch.setattr(file_lock.fcntl, "fcntl", fail)
         return commands
 
     return arrange

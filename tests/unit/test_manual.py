@@ -11,7 +11,7 @@ import pytest
 from support.tools import REPO, require, run
 
 from qedcore.cli import COMMANDS, build_command_parser
-from qedcore.parameters import Parameters
+from qedcore.server.parameters import Parameters
 from qedcore.storage.file import CACHE_MODES
 
 PAGE = REPO / "plugin" / "nbdkit-qed-plugin.pod"

@@ -19,10 +19,10 @@ from support.patterns import KiB, MiB, assert_same, stamp
 from support.server import import_nbd, wait_for
 
 from qedcore.errors import StorageError, UnreachableError
-from qedcore.shared import Opener
+from qedcore.server.shared_image import Opener
 from qedcore.storage import nbd as nbd_module
 from qedcore.storage.file import CacheMode
-from qedcore.storage.lock import LockedError, Locking
+from qedcore.storage.file_lock import LockedError, Locking
 from qedcore.storage.nbd import NbdStorage, UriPeer, open_uri
 from qedcore.storage.nbd_link import Link
 

@@ -1,4 +1,4 @@
-"""Two writers of one image where nothing locks it: what the header tells them of each other (alloc.py, I5)."""
+"""Two writers of one image where nothing locks it: what the header tells them of each other (allocator.py, I5)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import Built, QedFile, assert_sound, read_header
 
 import qedcore
-from qedcore.compact import tidy
 from qedcore.errors import ForeignWriterError, StorageError
+from qedcore.maintenance.compact import tidy
 from qedcore.storage.file import open_file
-from qedcore.storage.lock import Locking
+from qedcore.storage.file_lock import Locking
 
 CS = 64 * KiB
 NEED_CHECK = 2

@@ -16,9 +16,9 @@ from support.patterns import KiB, assert_same, random_ops, stamp
 from support.qed_image import F_BACKING_FILE, F_NO_PROBE, Built, QedFile, assert_sound, read_header
 
 import qedcore
-from qedcore.chain import close_source, open_source
+from qedcore.engine.chain import close_source, open_source
 from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
-from qedcore.rebase import change_name, open_base, rebase
+from qedcore.maintenance.rebase import change_name, open_base, rebase
 
 CS = 4 * KiB
 SMALL = {"cluster_size": CS, "table_size": 1}

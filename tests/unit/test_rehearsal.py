@@ -7,8 +7,8 @@ from pathlib import Path
 
 from support.patterns import GiB, KiB
 
-from qedcore.rehearsal import Rehearsal
 from qedcore.storage.file import FAR, FileStorage
+from qedcore.storage.overlay import Rehearsal
 
 
 def test_against_a_bytearray(tmp_path: Path, rng: random.Random) -> None:

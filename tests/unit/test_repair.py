@@ -20,14 +20,14 @@ from support.crashes import World
 from support.patterns import GiB, KiB, MiB
 from support.qed_image import F_NEED_CHECK, Built, Geometry, ImageSpec, QedFile, assert_sound, build, read_header
 
-from qedcore.cluster_use import READ
+from qedcore.check.cluster_use import READ
+from qedcore.check.scan import Blocks, Damage, Scan, ScanResult
 from qedcore.errors import ImageFormatError, QEDError, StorageError
-from qedcore.header import read_header as read_qed_header
-from qedcore.rehearsal import Rehearsal
-from qedcore.repair import Outcome, Repair
-from qedcore.scan import Blocks, Damage, Scan, ScanResult
+from qedcore.format.header import read_header as read_qed_header
+from qedcore.maintenance.repair import Outcome, Repair
 from qedcore.storage import Storage
 from qedcore.storage.file import CacheMode, FileStorage
+from qedcore.storage.overlay import Rehearsal
 
 Image = Callable[..., Built]
 
@@ -229,7 +229,7 @@ def test_numpy_finds_the_same_in_many_tables(
     tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch, tables: int
 ) -> None:
     """Tables that are runs, shuffled, sparse, blank, or holes in the file: sound, and with one wrong entry."""
-    monkeypatch.setattr("qedcore.quick_look._BATCH_ENTRIES", 32 * E)  # tables at once
+    monkeypatch.setattr("qedcore.check.scan_numpy._BATCH_ENTRIES", 32 * E)  # tables at once
     path = tmp_path / "a.qed"
     full = ["run", "run", "shuffled", "pieces"]
     for damaged, kinds in (False, full), (False, [*full, "sparse", "zeros", "blank", "hole"]), (True, full):

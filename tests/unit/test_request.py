@@ -18,7 +18,7 @@ from support.patterns import GiB, KiB, MiB, Model, assert_same, check_model, ran
 from support.qed_image import Built, Geometry, QedFile, assert_sound, raw_reader
 
 import qedcore
-from qedcore import alloc
+from qedcore.engine import allocator
 from qedcore.errors import (
     CorruptImageError,
     QEDError,
@@ -552,7 +552,7 @@ def test_a_long_request_does_not_hold_up_what_it_frees(
     tapped: Tapped, monkeypatch: pytest.MonkeyPatch, zero: bool
 ) -> None:
     """A flush for some runs, neither none nor one for each."""
-    monkeypatch.setattr(alloc, "_MAX_UNLINKED", 10)
+    monkeypatch.setattr(allocator, "_MAX_UNLINKED", 10)
     img, tap, built = tapped(size=100 * CS, layout="D" * 100, reverse=True)
     if zero:
         img.zero(0, 100 * CS, may_trim=True)
@@ -849,7 +849,7 @@ def test_every_failed_call(
 ) -> None:
     """B2, B6: the request fails with that errno; what memory says is what the disk says; nothing is lost later."""
     scene = SCENES[name]
-    monkeypatch.setattr(alloc, "GROWTH_STEP", 4 * KS)
+    monkeypatch.setattr(allocator, "GROWTH_STEP", 4 * KS)
     for n in range(1, 100):
         fault = FailAt(n, [*CHANGES, "pread"], code, late)
         fault.armed = False

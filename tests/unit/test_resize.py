@@ -12,9 +12,9 @@ from support.patterns import KiB, assert_same, stamp
 from support.qed_image import Built, Geometry, QedFile, assert_sound
 
 import qedcore
-from qedcore import compact
 from qedcore.errors import CorruptImageError, ImageFormatError, QEDError, UnsupportedError
-from qedcore.resize import resize
+from qedcore.maintenance import compact
+from qedcore.maintenance.resize import resize
 
 CS = 4 * KiB
 SPAN = 512 * CS  # of one L2 table at 4 KiB / 1

@@ -8,9 +8,9 @@ from itertools import groupby
 import pytest
 from support.patterns import KiB, MiB
 
-from qedcore.geometry import Bounds, Geometry
-from qedcore.runs import K_NOTHING, K_ZERO, FollowingRuns, Runs, kinds, runs_of_kinds, runs_of_two
-from qedcore.table import Table, contiguous, empty
+from qedcore.format.geometry import Bounds, Geometry
+from qedcore.format.table import Table, contiguous, empty
+from qedcore.format.table_runs import K_NOTHING, K_ZERO, FollowingRuns, Runs, kinds, runs_of_kinds, runs_of_two
 
 CLUSTER_SIZES = [4 * KiB << n for n in range(15)]
 LENGTHS = [1, 2, 31, 32, 33, 95, 96, 97, 511, 4096, 4097, 10000]

@@ -15,11 +15,11 @@ from support.qed_image import Built, Geometry, raw_reader
 
 from qedcore.cli import main
 from qedcore.errors import QEDError, StorageError
-from qedcore.geometry import Bounds
-from qedcore.geometry import Geometry as QedGeometry
-from qedcore.salvage import FROM_BACKING, GOOD, GUESSED, LOST, ZERO, Range, Salvage
+from qedcore.format.geometry import Bounds
+from qedcore.format.geometry import Geometry as QedGeometry
+from qedcore.maintenance.header_fit import l1_shaped
+from qedcore.maintenance.salvage import FROM_BACKING, GOOD, GUESSED, LOST, ZERO, Range, Salvage
 from qedcore.storage.file import FileStorage
-from qedcore.trial import l1_shaped
 
 Image = Callable[..., Built]
 

@@ -9,7 +9,7 @@ import pytest
 from support.patterns import GiB, KiB, MiB, TiB
 
 from qedcore.errors import RequestError
-from qedcore.sizes import format_size, parse_size
+from qedcore.units import format_size, parse_size
 
 GOOD = {
     "0": 0,

@@ -9,9 +9,9 @@ from array import array
 import pytest
 from fakes import Call, FailAt, MemoryStorage, Tap
 
-from qedcore import table
 from qedcore.errors import StorageError
-from qedcore.table import TableIO, contiguous, empty
+from qedcore.format import table
+from qedcore.format.table import TableIO, contiguous, empty
 
 ENTRIES = 192  # three sectors
 AT = 4096  # bytes: where the table lies

@@ -398,7 +398,7 @@ def test_bad_selection(text: str) -> None:
 
 OFF = """
 import sys
-import qedcore, qedcore.shared
+import qedcore, qedcore.server.shared_image
 qedcore.create(sys.argv[1], 1 << 30)
 with qedcore.open_image(sys.argv[1]) as img:
     img.pwrite(b"x" * 5000, 3000); img.zero(0, 4096); img.pread(9999, 0); img.flush(); img.extents(0, 1 << 30)
@@ -411,8 +411,8 @@ def test_off_is_not_even_loaded(tmp_path: Path) -> None:
     args = [sys.executable, "-c", OFF, str(tmp_path / "x.qed")]
     done = subprocess.run(args, env=env, capture_output=True, text=True, check=True)
     modules = set(done.stdout.split())
-    assert "qedcore.request" in modules
-    assert not modules & {"qedcore.instrument", "qedcore.trace"}
+    assert "qedcore.engine.read" in modules
+    assert not modules & {"qedcore.engine.traced", "qedcore.trace"}
 
 
 def called_files(work: Callable[[], object]) -> set[str]:
@@ -446,11 +446,11 @@ def test_off_costs_no_call(image: Image) -> None:
 
     with qedcore.open_image(image().path) as img:
         files = called_files(lambda: work(img))
-    assert "request.py" in files
-    assert not files & {"instrument.py", "trace.py"}
+    assert "read.py" in files
+    assert not files & {"traced.py", "trace.py"}
     assert not events
     with other:
-        assert "instrument.py" in called_files(lambda: work(other))
+        assert "traced.py" in called_files(lambda: work(other))
     assert events
     assert_sound(other.storage.name)
 

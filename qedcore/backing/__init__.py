@@ -1,0 +1,1 @@
+"""Backing files: what their names mean, what their format is, and what may be opened."""

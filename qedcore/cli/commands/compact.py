@@ -1,0 +1,35 @@
+"""qed compact"""
+
+from __future__ import annotations
+
+import argparse
+
+from ...errors import RequestError
+from ...maintenance.compact import compact
+from ..common import Progress, add_shared, check_cache, locate, notice, open_qed
+
+EPILOG = """\
+The image may be interrupted at any time without loss; the next run continues.  While it runs, the file may be
+larger than before by 32 MiB and by the size of the L2 tables.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, "fqpt")
+    parser.add_argument("--zeros", action="store_true", help="also drop clusters that hold nothing but zeros")
+    parser.add_argument("file", metavar="FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.format not in (None, "qed"):
+        raise RequestError(f"a {args.format} image cannot be compacted")
+    check_cache(args.cache)
+    where = locate(args.file, args.format, args.image_opts)
+    with open_qed(where, writable=True, cache=args.cache, log=notice) as image:
+        before = image.storage.size()
+        with Progress(args, before) as progress:
+            compact(image, zeros=args.zeros, progress=progress.update)
+        after = image.storage.size()
+    if not args.quiet:
+        print(f"Image compacted: {before} bytes before, {after} now.")
+    return 0

@@ -1,0 +1,100 @@
+"""qed dd"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from ...errors import RequestError, StorageError, UnsupportedError
+from ...format.create import replacing
+from ...format.geometry import SECTOR, round_up
+from ..common import PROGRAM, Location, add_shared, delegate, find_format, locate, open_end_point, sized
+from ..creation import Options, make
+from ..images import BUFFER, EndPoint
+
+EPILOG = f"""\
+Operands are if=FILE and of=TARGET, and bs=SIZE (512), count=BLOCKS and skip=BLOCKS.  Blocks are counted from the
+beginning of the image: skip=2 count=5 copies three, from the third to the fifth.  All of them are stored, zeros too.
+
+example:  {PROGRAM} dd -f qed -O raw bs=64k count=1 if=disk.qed of=first.raw
+"""
+
+_OPERANDS = ("bs", "count", "if", "of", "skip")
+_MAX_BLOCK = 2**31 - 1  # bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [OPTION...] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=FILE of=TARGET"
+    add_shared(parser, "fU")
+    parser.add_argument(
+        "-O", dest="target_format", metavar="FMT", default="raw", help="format to make (default: raw)"
+    )
+    parser.add_argument("operands", metavar="OPERAND", nargs="*")
+
+
+def operands(words: list[str]) -> dict[str, str]:
+    """The operands by name.  Raises RequestError."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in _OPERANDS:
+            raise RequestError(f"unrecognized operand {name if equals else word}")
+        found[name] = value
+        if name == "bs":
+            block_size(value)
+        elif name in ("count", "skip"):
+            sized(value, name)
+    if "if" not in found or "of" not in found:
+        raise RequestError("Must specify both input and output files")
+    return found
+
+
+def block_size(text: str) -> int:
+    """bs in bytes.  Raises RequestError."""
+    size = sized(text, "bs")
+    if not 1 <= size <= _MAX_BLOCK:
+        raise RequestError(f"Invalid bs specified. Must be between 1 and {_MAX_BLOCK}.")
+    return size
+
+
+def copy(image: EndPoint, start: int, end: int, target: Location, format: str) -> None:
+    """Bytes [start, end) of the image become a new one, which gets its name when it is complete.  Raises QEDError."""
+    prefix = f"{target.name}: error while creating output image"
+    assert target.path is not None
+    try:
+        with replacing(target.path) as temporary:
+            if format == "qed":
+                make(prefix, temporary, Options(prefix, []), end - start, quiet=True)
+            else:
+                os.truncate(temporary, round_up(end - start, SECTOR))
+            with open_end_point(Location(target.name, temporary, format), True, cache="unsafe") as out:
+                buffer = memoryview(bytearray(BUFFER))
+                for pos in range(start, end, BUFFER):
+                    part = buffer[: end - pos]
+                    image.pread_into(part, pos)
+                    out.pwrite(part, pos - start)
+    except StorageError as error:
+        if str(error).startswith("cannot create "):
+            raise RequestError(f"{prefix}: Could not create '{target.name}': {os.strerror(error.errno)}") from error
+        raise
+
+
+def run(args: argparse.Namespace) -> int:
+    given = operands(args.operands)
+    source, target = locate(given["if"], args.format, args.image_opts), locate(given["of"])
+    formats = (find_format(source), args.target_format)
+    if None in (source.path, target.path) or not {*formats} <= {"qed", "raw"}:
+        if "qed" in formats:
+            raise UnsupportedError(f"dd from {formats[0]} to {formats[1]} is not done here: use convert")
+        return delegate(args, f"dd from {formats[0]} to {formats[1]}")
+    unit = block_size(given.get("bs", "512"))
+    with open_end_point(source, force_share=args.force_share) as image:
+        if os.path.exists(target.path or "") and os.path.samefile(target.path or "", source.path or ""):
+            raise RequestError(f"{target.name}: error while creating output image: the target is the source")
+        end = min(image.size, sized(given["count"], "count") * unit) if "count" in given else image.size
+        start = sized(given.get("skip", "0"), "skip") * unit
+        if start > end:
+            print(f"{PROGRAM}: {source.name}: cannot skip to specified offset", file=sys.stderr)
+        copy(image, min(start, end), end, target, args.target_format)
+    return 0

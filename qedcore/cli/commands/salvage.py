@@ -1,0 +1,107 @@
+"""qed salvage"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from ...errors import RequestError
+from ...format.create import replacing
+from ...maintenance.salvage import GOOD, LOST, Found, Range, Salvage
+from ...storage import Storage
+from ...storage.file import FileStorage, is_uri, open_file, open_storage
+from ...units import parse_size
+from ..common import Progress, add_output, add_shared
+
+EPILOG = """\
+IMAGE is only read.  OUT becomes a raw file with zeros where nothing was found.  The ranges of the device are printed:
+good (found), zero (nothing was written there, or zeros) and lost.  The exit code is 0 if nothing was lost and no
+position had to be guessed, 2 otherwise, and 1 if nothing could be rescued.
+"""
+
+EXIT_WHOLE = 0
+EXIT_INCOMPLETE = 2
+
+_STEPS = 10_000  # of progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, "qpU")
+    add_output(parser)
+    parser.add_argument("--cluster-size", metavar="SIZE", help="if you know it")
+    parser.add_argument("--table-size", metavar="N", help="in clusters, if you know it")
+    parser.add_argument("--size", metavar="SIZE", help="of the device, if you know it")
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("out", metavar="OUT")
+
+
+def run(args: argparse.Namespace) -> int:
+    known = {
+        name: parse_size(text, name) if text is not None else 0
+        for name, text in (
+            ("cluster_size", args.cluster_size),
+            ("table_size", args.table_size),
+            ("image_size", args.size),
+        )
+    }
+    local = not is_uri(args.image)
+    storage: Storage = (
+        open_file(args.image, writable=False, share=args.force_share) if local else open_storage(args.image, False)
+    )
+    try:
+        if local and os.path.exists(args.out) and os.path.samefile(args.image, args.out):
+            raise RequestError(f"{args.out} is the image itself")
+        with Progress(args, _STEPS) as progress:
+            salvage = Salvage(
+                storage,
+                progress=lambda done, total: progress.update(done * _STEPS // total if total else _STEPS),
+                **known,
+            )
+            found = salvage.search()
+            ranges = _write(salvage, found, args.out)
+    finally:
+        storage.close()
+    if not args.quiet:
+        _print(args.output, args.image, found, ranges)
+    return EXIT_INCOMPLETE if found.guessed or any(piece.state == LOST for piece in ranges) else EXIT_WHOLE
+
+
+def _write(salvage: Salvage, found: Found, path: str) -> list[Range]:
+    """Write the raw file under another name, durably, and then give it its own."""
+    with replacing(path) as temporary:
+        target = FileStorage(temporary, writable=True)
+        try:
+            return salvage.write(found, target)
+        finally:
+            target.close()
+
+
+def _print(output: str, image: str, found: Found, ranges: list[Range]) -> None:
+    geo = found.geometry
+    sums = {
+        state: sum(piece.length for piece in ranges if piece.state == state) for state in ("good", "zero", "lost")
+    }
+    if output == "json":
+        facts = {
+            "filename": image,
+            "virtual-size": found.image_size,
+            "cluster-size": geo.cluster_size,
+            "table-size": geo.table_size,
+            **{f"{state}-bytes": length for state, length in sums.items()},
+            "notes": found.notes,
+            "ranges": [
+                {"start": piece.start, "length": piece.length, "state": piece.state}
+                | ({"detail": piece.why} if piece.why else {})
+                for piece in ranges
+            ],
+        }
+        print(json.dumps(facts, indent=4))
+        return
+    print(f"cluster_size {geo.cluster_size}, table_size {geo.table_size}, size {found.image_size}")
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"{'Offset':<16}{'Length':<16}State")
+    for piece in ranges:
+        print(f"{piece.start:<#16x}{piece.length:<#16x}{piece.state}{f' ({piece.why})' if piece.why else ''}")
+    print(f"good {sums[GOOD]} bytes, zero {sums['zero']} bytes, lost {sums[LOST]} bytes")

@@ -1,0 +1,147 @@
+"""QED as a target: the options of -o, what they may be, and making the image; for create, convert and measure."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ..errors import ImageFormatError, RequestError, StorageError
+from ..format.create import create
+from ..format.geometry import (
+    DEFAULT_CLUSTER_SIZE,
+    DEFAULT_TABLE_SIZE,
+    MAX_CLUSTER_SIZE,
+    MAX_DEVICE_SIZE,
+    MAX_TABLE_SIZE,
+    MIN_CLUSTER_SIZE,
+    MIN_TABLE_SIZE,
+    Geometry,
+)
+from ..format.header import HEADER_BYTES, MAX_BACKING_NAME, Header
+from ..storage.file_lock import LockedError
+from ..units import parse_qemu_size
+from .common import PROGRAM, open_reason
+
+SAME_FILE = "{}: Error: Trying to create an image with the same filename as the backing file"
+
+_OPTION_HELP = {
+    "backing_file": "=<str>     - File name of a base image",
+    "backing_fmt": "=<str>      - Image format of the base image",
+    "cluster_size": "=<size>    - Cluster size (in bytes)",
+    "extent_size_hint": "=<size> - Extent size hint for the image file, 0 to disable",
+    "nocow": "=<bool (on/off)>  - Turn off copy-on-write (valid only on btrfs)",
+    "preallocation": "=<str>    - Preallocation mode (allowed values: off, falloc, full)",
+    "size": "=<size>            - Virtual disk size",
+    "table_size": "=<size>      - L1/L2 table size (in clusters)",
+}
+# Options of the file that QEMU stores an image in: taken, and without effect on an image that is still empty.
+_FILE_OPTIONS = ("nocow", "preallocation", "extent_size_hint")
+SIZES = ("cluster_size", "table_size", "size", "extent_size_hint")
+_PRINTED = ("size", "backing_file", "backing_fmt", "cluster_size", "table_size", *_FILE_OPTIONS)
+
+
+class Options:
+    """The options of -o as text, with the messages of qemu-img."""
+
+    def __init__(self, name: str, words: list[str]) -> None:
+        self.name = name  # of the image, for messages
+        self.values: dict[str, str] = {}
+        for text in words:
+            self.values.update(self._split(text))
+
+    def _split(self, text: str) -> dict[str, str]:
+        found = {}
+        for word in text.replace(",,", "\0").split(","):
+            key, equals, value = word.replace("\0", ",").partition("=")
+            if key not in _OPTION_HELP:
+                raise RequestError(f"{self.name}: Invalid parameter '{key}'")
+            found[key] = value if equals else "on"
+        return found
+
+    def size(self, key: str, default: int) -> int:
+        """An option in bytes.  Raises RequestError."""
+        try:
+            return parse_qemu_size(self.values[key]) if key in self.values else default
+        except RequestError:
+            raise RequestError(
+                f"{self.name}: Parameter '{key}' expects a non-negative number below 2^64\n"
+                "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+                "and exabytes, respectively."
+            ) from None
+
+    def line(self, size: int) -> str:
+        """What qemu-img prints before it creates an image."""
+        words = [f"Formatting '{self.name}', fmt=qed"]
+        for key in _PRINTED:
+            if key == "size":
+                words.append(f"size={size}")
+            elif key == "cluster_size":
+                words.append(f"cluster_size={self.size(key, DEFAULT_CLUSTER_SIZE)}")
+            elif key in SIZES and key in self.values:
+                words.append(f"{key}={self.size(key, 0)}")
+            elif key in self.values:
+                words.append(f"{key}={self.values[key].replace(',', ',,')}")
+        return " ".join(words)
+
+
+def print_options(for_file: bool) -> None:
+    """-o help"""
+    print("Supported options:" if for_file else "Supported qed options:")
+    for key, text in _OPTION_HELP.items():
+        if for_file or key not in _FILE_OPTIONS:
+            print(f"  {key}{text}")
+    if not for_file:
+        print("\nThe protocol level may support further options.")
+        print("Specify the target filename to include those options.")
+
+
+def check_geometry(name: str, cluster_size: int, table_size: int, size: int) -> None:
+    """Raise RequestError, in qemu-img's words, unless an image of these sizes can exist."""
+    try:
+        Geometry(cluster_size, MIN_TABLE_SIZE)
+    except ImageFormatError:
+        raise RequestError(
+            f"{name}: QED cluster size must be within range [{MIN_CLUSTER_SIZE}, {MAX_CLUSTER_SIZE}] and power of 2"
+        ) from None
+    try:
+        geometry = Geometry(cluster_size, table_size)
+    except ImageFormatError:
+        raise RequestError(
+            f"{name}: QED table size must be within range [{MIN_TABLE_SIZE}, {MAX_TABLE_SIZE}] and power of 2"
+        ) from None
+    limit = min(geometry.max_image_size, MAX_DEVICE_SIZE)
+    if size > limit:
+        raise RequestError(
+            f"{name}: QED image size must be a non-zero multiple of cluster size and less than {limit} bytes"
+        )
+
+
+def make(name: str, path: str, options: Options, size: int, quiet: bool) -> Header:
+    """Say what is made, then make it at `path`; `name` is for messages.  Raises QEDError; then nothing is made."""
+    cluster_size = options.size("cluster_size", DEFAULT_CLUSTER_SIZE)
+    table_size = options.size("table_size", DEFAULT_TABLE_SIZE)
+    if not quiet:
+        print(options.line(size))
+    check_geometry(name, cluster_size, table_size, size)
+    if options.values.get("preallocation", "off") not in ("off", "falloc", "full"):
+        raise RequestError(f"{name}: invalid parameter value: {options.values['preallocation']}")
+    backing = options.values.get("backing_file")
+    room = min(MAX_BACKING_NAME, cluster_size - HEADER_BYTES)
+    if backing and len(os.fsencode(backing)) > room:
+        raise RequestError(f"{name}: Backing file name is too long: at most {room} bytes fit into the header")
+    try:
+        header = create(
+            path,
+            size,
+            cluster_size=cluster_size,
+            table_size=table_size,
+            backing_file=backing,
+            backing_fmt=options.values.get("backing_fmt"),
+        )
+    except LockedError as error:
+        raise RequestError(f"{name}: {open_reason(error)}") from error
+    except StorageError as error:
+        raise RequestError(f"{name}: Could not create '{name}': {os.strerror(error.errno)}") from error
+    if table_size == 1:
+        print(f"{PROGRAM}: warning: QEMU cannot open images with table_size=1", file=sys.stderr)
+    return header

@@ -1,0 +1,138 @@
+"""End points of map, compare, convert and measure: QED images and raw files, seen in the same way.
+
+Both are read with pread_into() and block_status(); both are written with pwrite() and zero().  The status of a run is
+what QEMU's block layer says of it, through the whole backing chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Union
+
+from ..engine.chain import RawSource, file_run
+from ..engine.cluster_map import FOUND, ZERO
+from ..engine.image import QEDImage
+from ..engine.read import Source
+from ..format.geometry import SECTOR, MiB, round_up
+from ..storage import ReadBuffer, Storage, WriteBuffer
+
+BUFFER = 1 * MiB  # bytes per read or write: system calls do not matter, and it stays in the processor's cache
+_ZEROS = bytes(BUFFER)
+
+
+class Run(NamedTuple):
+    """A run of guest bytes in one state."""
+
+    length: int  # bytes
+    depth: int  # of the image in the chain that decides: 0 is the top one
+    present: bool  # some image of the chain has it
+    zero: bool  # reads as zeros
+    data: bool  # is stored somewhere
+    offset: int | None  # bytes, in `file`
+    file: str | None  # the name of the file that has the data
+    short: bool = False  # zeros because a backing file ends before it
+    end: bool = False  # nothing there, up to the end of the lowest image
+
+
+class RawImage:
+    """A raw file.  Its size counts up to a whole sector, as in QEMU; what the file lacks of it is zeros."""
+
+    def __init__(self, storage: Storage, writable: bool = False) -> None:
+        self.storage = storage
+        self.backing: Source | None = None
+        self.size = round_up(storage.size(), SECTOR)  # bytes
+        self.writable = writable
+
+    def pread_into(self, buf: WriteBuffer, pos: int) -> None:
+        self.storage.pread_into(buf, pos)
+
+    def pwrite(self, buf: ReadBuffer, pos: int) -> None:
+        self.storage.pwrite(buf, pos)
+
+    def zero(self, pos: int, length: int) -> None:
+        """Make a range read as zeros; what is a hole already is left alone.  Raises StorageError."""
+        end = pos + length
+        while pos < end:
+            data, n = file_run(self.storage, pos, end - pos)
+            if data:
+                n = min(n, BUFFER)
+                self.storage.pwrite(memoryview(_ZEROS)[:n], pos)
+            pos += n
+
+    def flush(self) -> None:
+        self.storage.flush()
+
+    def close(self) -> None:
+        self.storage.close()
+
+    def __enter__(self) -> RawImage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+EndPoint = Union[QEDImage, RawImage]
+
+
+def block_status(image: EndPoint, pos: int, length: int) -> Run:
+    """The run at pos, as far as `length` and the images of the chain agree; length > 0, inside the device.
+
+    Raises CorruptImageError and StorageError.
+    """
+    layer: Source | EndPoint | None = image
+    depth = size = 0
+    while layer is not None:
+        size = round_up(layer.size, SECTOR)
+        if pos >= size:  # the image above is longer: zeros of its own
+            return Run(length, depth - 1, False, True, False, None, None, short=True)
+        length = min(length, size - pos)
+        if isinstance(layer, (RawImage, RawSource)):
+            offset = pos if isinstance(layer, RawImage) else layer.lookup(pos, length)[1]
+            data, length = file_run(layer.storage, offset, length)
+            return Run(length, depth, True, not data, data, offset, layer.storage.name)
+        kind, offset, length = layer.lookup(pos, length)
+        if kind is FOUND:
+            return Run(length, depth, True, False, True, offset, layer.storage.name)
+        if kind is ZERO:
+            return Run(length, depth, True, True, False, None, None)
+        layer = layer.backing
+        depth += 1
+    return Run(length, depth - 1, False, True, False, None, None, end=pos + length == size)
+
+
+def runs(image: EndPoint, pos: int, end: int) -> Iterator[tuple[int, Run]]:
+    """(position, run) of all runs in [pos, end); neighbours in one state, and contiguous, are joined."""
+    waiting: tuple[int, Run] | None = None
+    while pos < end:
+        run = block_status(image, pos, end - pos)
+        if waiting is not None and _continues(waiting[1], run):
+            waiting = (waiting[0], waiting[1]._replace(length=waiting[1].length + run.length))
+        else:
+            if waiting is not None:
+                yield waiting
+            waiting = (pos, run)
+        pos += run.length
+    if waiting is not None:
+        yield waiting
+
+
+def _continues(before: Run, run: Run) -> bool:
+    if before.offset is not None and before.offset + before.length != run.offset:
+        return False
+    return before[1:5] == run[1:5] and before.file == run.file and (before.offset is None) == (run.offset is None)
+
+
+def first_nonzero(buf: bytearray, length: int) -> int | None:
+    """Position of the first sector that is not all zeros in the first `length` bytes; None without one."""
+    if buf.startswith(memoryview(_ZEROS)[:length]):
+        return None
+    for pos in range(0, length, SECTOR):
+        if not buf.startswith(memoryview(_ZEROS)[: min(SECTOR, length - pos)], pos):
+            return pos
+    return None
+
+
+def is_zero(buf: bytearray, start: int, end: int) -> bool:
+    """Whether bytes [start, end) are all zeros; at most BUFFER of them."""
+    return buf.startswith(memoryview(_ZEROS)[: end - start], start)

@@ -1,0 +1,1 @@
+"""An open image: reading, writing and allocating, by many threads at once."""

@@ -1,0 +1,334 @@
+"""QEDImage: the parts of one image put together, and its life from open to close.  No I/O logic.
+
+I1. Nothing in the file changes before start(): opening only reads.
+I2. No request is in flight during start() or close(); the caller sees to it (nbdkit does).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Callable, NamedTuple
+
+from ..check.recovery import repair_after_crash, shares_clusters
+from ..errors import (
+    CorruptImageError,
+    ImageFormatError,
+    QEDError,
+    ReadOnlyError,
+    ShutdownError,
+    StorageError,
+    UnsupportedError,
+)
+from ..format.geometry import Bounds, Geometry, MiB
+from ..format.header import Header, HeaderUpdater, read_backing_name, read_header
+from ..format.table import TableIO
+from ..locks import Rank, ranked_lock
+from ..storage import ReadBuffer, Storage, WriteBuffer, close_all, drop_cache
+from .allocator import Allocator, Extent, NeedCheckGate
+from .cluster_map import ClusterMap, Kind
+from .in_flight import InFlight
+from .l2_cache import L2Cache
+from .read import ClosedRequests, Requests, Source, layers
+from .write import WritableRequests
+
+DEFAULT_L2_CACHE = 8 * MiB  # bytes: the tables of 64 GiB at the default geometry
+
+
+class Parts(NamedTuple):
+    """The classes an image is made of; traced.py has traced ones."""
+
+    storage: Callable[[Storage], Storage] = lambda storage: storage
+    cache: type[L2Cache] = L2Cache
+    clusters: type[ClusterMap] = ClusterMap
+    gate: type[NeedCheckGate] = NeedCheckGate
+    requests: type[Requests] = Requests
+    writable_requests: type[WritableRequests] = WritableRequests
+
+
+class Metadata(NamedTuple):
+    """What maintenance changes, behind the back of requests (QEDImage.maintenance)."""
+
+    storage: Storage
+    geometry: Geometry
+    bounds: Bounds
+    header: HeaderUpdater
+    tables: TableIO
+    clusters: ClusterMap
+    requests: WritableRequests
+    allocator: Allocator | None = None  # of an open image
+    log: Callable[[str], None] = lambda line: None
+
+    def reload(self) -> None:
+        """The tables have changed on disk, or the device's size has: read them again."""
+        self.clusters.reload(self.header.header.l1_table_offset, self.requests.size)
+        self.clusters.expect_growth(self.log)
+
+
+class QEDImage:
+    """An open image.  It owns `storage` and closes it with itself, also when opening fails.
+
+    Any number of threads may use it at once.  Every method raises QEDError or a child of it.
+    `l2_cache` is in bytes, `clock` counts seconds, `log` takes one-line notices.  `in_flight` is shared by all
+    openings of one image whose requests may run at the same time.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        writable: bool,
+        *,
+        writethrough: bool = False,
+        l2_cache: int = DEFAULT_L2_CACHE,
+        parts: Parts = Parts(),
+        clock: Callable[[], float] = time.monotonic,
+        log: Callable[[str], None] = lambda line: None,
+        in_flight: InFlight | None = None,
+    ) -> None:
+        in_flight = in_flight or InFlight()
+        self.storage = storage = parts.storage(storage)
+        self.writable = writable
+        self.backing: Source | None = None
+        self._writethrough = writethrough
+        self._log = log
+        self._lifecycle = ranked_lock(Rank.LIFECYCLE)  # protects _closed
+        self._closed = False
+        try:
+            header, self.geometry, self._bounds = read_header(storage)
+            self.backing_name = read_backing_name(storage, header)
+            self._header = HeaderUpdater(storage, header)
+            self._tables = TableIO(storage)
+            cache = parts.cache(self._tables, self.geometry.slice_entries, l2_cache)
+            self._clusters = parts.clusters(
+                self._tables, cache, self.geometry, self._bounds, header.l1_table_offset, header.image_size
+            )
+            self.size = header.image_size  # bytes
+            self._requests: Requests
+            self._gate: NeedCheckGate | None = None
+            if writable:
+                if header.l1_table_offset == 0:
+                    raise ImageFormatError("the L1 table at 0x0 overlaps the header: such an image is read-only")
+                self._allocator = Allocator(storage, self.geometry, self._bounds, in_flight)
+                self._gate = parts.gate(storage, self._header, self._allocator, clock)
+                self._requests = parts.writable_requests(
+                    storage, self._clusters, self.size, in_flight, self._allocator, self._gate
+                )
+            else:
+                self._requests = parts.requests(storage, self._clusters, self.size, in_flight)
+        except BaseException:
+            storage.close()
+            raise
+
+    @property
+    def header(self) -> Header:
+        return self._header.header
+
+    def start(self, backing: Source | None = None) -> None:
+        """Begin to serve: attach the backing file; if writable, clear stale autoclear bits and repair."""
+        self.backing = self._requests.backing = backing
+        if self._gate is None:
+            return
+        if self._header.clear_unknown_autoclear():
+            self._log(f"{self.storage.name}: cleared autoclear features of another program")
+        if self.header.need_check:
+            self._repair(self._gate)
+        else:
+            self._allocator.sole_users = self._has_sole_users
+        self._clusters.expect_growth(self._log)
+
+    def _repair(self, gate: NeedCheckGate) -> None:
+        done = repair_after_crash(self.storage, self._header, self._tables, self.geometry, self._bounds)
+        self._clusters.reload(self.header.l1_table_offset, self.size)
+        name = self.storage.name
+        self._log(f"{name}: was not closed cleanly: checked, findings: {done.findings or 'none'}")
+        for line in done.lines:
+            self._log(f"{name}: {line}")
+        if done.whole:
+            gate.settled()
+        else:
+            gate.fail()
+            self._allocator.reuse = False
+            self._log(f"{name}: damage may be left: shared clusters change together; check the image")
+
+    def _has_sole_users(self, freed: list[Extent]) -> bool:
+        unlinked = [(extent.offset >> self.geometry.l2_shift, extent.n) for extent in freed]
+        try:
+            shared = shares_clusters(self.storage, self.geometry, self._bounds, self.header.l1_table_offset, unlinked)
+        except (QEDError, MemoryError) as error:
+            why = str(error) or "out of memory"
+            self._log(f"{self.storage.name}: freed clusters are not used again: {why}")
+            return False
+        if shared:
+            self._log(f"{self.storage.name}: damaged: freed clusters may be shared and are not used again: check it")
+        return not shared
+
+    @contextmanager
+    def maintenance(self) -> Iterator[Metadata]:
+        """A dirty period in which the caller changes metadata by itself; no other request may be in flight.
+
+        NEED_CHECK is durable before and stays after an error, so that the next writable open repairs; but not for
+        damage that was there before (CorruptImageError): that repair drops what might still be salvaged.  After any
+        other error nobody knows where things are: there are no more requests in this opening.
+        """
+        self._check_open()
+        if self._gate is None or not isinstance(self._requests, WritableRequests):
+            raise ReadOnlyError(f"{self.storage.name} was opened read-only")
+        metadata = Metadata(
+            self.storage,
+            self.geometry,
+            self._bounds,
+            self._header,
+            self._tables,
+            self._clusters,
+            self._requests,
+            self._allocator,
+            self._log,
+        )
+        with self._gate:
+            self.storage.flush()  # what requests have unlinked may be overwritten from here on
+            try:
+                yield metadata
+                self.size = self._requests.size
+            except CorruptImageError:
+                raise
+            except BaseException:
+                self._gate.fail()
+                self._refuse_requests()
+                self._allocator.restart()  # what was free may be in use
+                raise
+
+    def _refuse_requests(self) -> None:
+        self._requests = ClosedRequests(self.storage, self._clusters, 0, InFlight())
+
+    def succeed(self, retired: QEDImage) -> None:
+        """This one takes the place of `retired`, a read-only opening of the same image with the same `in_flight`."""
+        retired._requests.follow(self._requests)
+
+    def start_timer(self) -> None:
+        """Clear NEED_CHECK when allocations pause, from a thread: call it after any fork."""
+        if self._gate is not None:
+            self._gate.start_timer(lambda error: self._log(str(error)))
+
+    def pread_into(self, buf: WriteBuffer, pos: int) -> None:
+        """Fill `buf` (a writable buffer of bytes) from guest position `pos`."""
+        if getattr(buf, "itemsize", 1) != 1:
+            buf = memoryview(buf).cast("B")
+        self._requests.pread_into(buf, pos)
+
+    def pread(self, length: int, pos: int) -> bytes:
+        """`length` bytes from guest position `pos`."""
+        buf = bytearray(length)
+        self._requests.pread_into(buf, pos)
+        return bytes(buf)
+
+    def pwrite(self, buf: ReadBuffer, pos: int, fua: bool = False) -> None:
+        """Write `buf` (a buffer of bytes) to guest position `pos`; with `fua` it is on stable storage on return."""
+        if getattr(buf, "itemsize", 1) != 1:
+            buf = memoryview(buf).cast("B")
+        self._requests.pwrite(buf, pos)
+        if fua or self._writethrough:
+            self.storage.flush()
+
+    def zero(
+        self, pos: int, length: int, fua: bool = False, *, may_trim: bool = False, only_fast: bool = False
+    ) -> None:
+        """Make `length` bytes at guest position `pos` read as zeros; with `may_trim` their clusters are freed.
+
+        With `only_fast`, UnsupportedError instead of writing data.
+        """
+        requests = self._requests
+        if only_fast and isinstance(requests, WritableRequests) and not requests.zero_is_fast(pos, length, may_trim):
+            raise UnsupportedError(f"zeroing {length} bytes at position {pos} is not fast")
+        requests.zero(pos, length, may_trim)
+        if fua or self._writethrough:
+            self.flush()
+
+    def trim(self, pos: int, length: int, fua: bool = False) -> None:
+        """Free the whole clusters among `length` bytes at guest position `pos`: what had data reads as zeros."""
+        self._requests.trim(pos, length)
+        if fua or self._writethrough:
+            self.flush()
+
+    def add_zero_clusters(self, pos: int, length: int) -> None:
+        """Hide what is below the image in a range where it has no clusters (WritableRequests.add_zero_clusters)."""
+        self._requests.add_zero_clusters(pos, length)
+
+    def flush(self) -> None:
+        """Everything completed before this call is on stable storage on return."""
+        self._check_open()
+        if self._gate is None:
+            self.storage.flush()
+        else:
+            self._allocator.flush()
+
+    def holes(self, search: bool = True) -> int:
+        """Clusters that are free inside the file; its free tail is given back first.  No request may be in flight.
+
+        With `search`, the tables are looked through, if need be, for what was freed and may be free.
+        """
+        self._check_open()
+        if self._gate is None:
+            return 0
+        self._gate.refuse_others()
+        if search:
+            self._allocator.recall()
+        if self._allocator.pending:
+            self._allocator.flush()
+        self._gate.clear()
+        return 0 if self.header.need_check else self._allocator.free_clusters
+
+    def extents(self, pos: int, length: int, one: bool = False) -> tuple[Kind, list[int]]:
+        """(kind, bytes of each run) of a range, through the whole chain: alternately FOUND and ZERO, from `kind` on.
+
+        With `one` only the first run.
+        """
+        return self._requests.extents(pos, length, one)
+
+    def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
+        """The run at pos in this image alone (Source, ClusterMap.lookup)."""
+        self._check_open()
+        return self._clusters.lookup(pos, length)
+
+    def data_run(self, pos: int, length: int) -> tuple[bool, int]:
+        """Clusters that the image has are data (Source)."""
+        return True, length
+
+    def close(self) -> None:
+        """Flush, clear NEED_CHECK, close this image and its backing chain.  A second call does nothing.
+
+        Raises StorageError if something could not be made durable; NEED_CHECK then stays set.
+        """
+        with self._lifecycle:
+            if self._closed:
+                return
+            self._closed = True
+        self._refuse_requests()
+        try:
+            if self._gate is not None:
+                self._gate.close()
+                self.storage.flush()
+                if self.header.need_check:
+                    self._log(f"{self.storage.name}: NEED_CHECK stays set, for the next writable open to repair")
+        except StorageError:
+            # Linux may go on showing what it could not write: whoever opens the image next must not rely on that.
+            drop_cache(self.storage)
+            raise
+        finally:
+            close_all(layer.storage for layer in layers(self))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ShutdownError(f"{self.storage.name} was closed")
+
+    def __enter__(self) -> QEDImage:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:  # the first error is the one to tell
+            self._log = lambda line: None
+        try:
+            self.close()
+        except QEDError:
+            if kind is None:
+                raise

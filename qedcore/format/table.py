@@ -1,0 +1,110 @@
+"""L1 and L2 tables on disk: little-endian 64-bit entries, read in runs, written in whole sectors.
+
+In memory a table (or a slice of one) is an array('Q') in the machine's byte order.  No state, no locks:
+who writes an entry holds the lock of its table, because a sector carries its neighbours along.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..storage import Storage
+from .geometry import ENTRY, MAX_PART_SIZE, SECTOR, Geometry, KiB
+
+if TYPE_CHECKING:
+    Table = array[int]
+else:
+    Table = array
+
+_PER_SECTOR = SECTOR // ENTRY  # entries; a power of 2
+_SWAP = sys.byteorder == "big"
+_BLANK = bytes(MAX_PART_SIZE)
+SMALL = 64 * KiB  # bytes: reading this is no slower than asking whether it is a hole
+
+
+_NOTHING: Table = array("Q", (0,))
+
+
+def empty(entries: int) -> Table:
+    return _NOTHING * entries  # no temporary of its size: that costs ten times as much for large ones
+
+
+def contiguous(offset: int, n: int, cluster_size: int) -> Table:
+    """Entries for n clusters one after the other from `offset` (bytes)."""
+    if n == 1:
+        return array("Q", (offset,))
+    return array("Q", range(offset, offset + n * cluster_size, cluster_size))
+
+
+class TableIO:
+    """Reads and writes parts of tables."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def read(self, offset: int, entries: int) -> Table:
+        """`entries` entries from file offset `offset`.  Raises StorageError."""
+        table = empty(entries)
+        self.storage.pread_into(memoryview(table).cast("B"), offset)
+        if _SWAP:
+            table.byteswap()
+        return table
+
+    def write(self, offset: int, table: Table, index: int, entries: Table) -> None:
+        """Write `table`, which lies at `offset`, as it will be with `entries` at `index`: the touched sectors.
+
+        `table` itself is left alone; the caller publishes the entries when this has succeeded.
+        """
+        first, end = index & -_PER_SECTOR, index + len(entries)
+        sectors = table[first : end + (-end & (_PER_SECTOR - 1))]
+        sectors[index - first : end - first] = entries
+        if _SWAP:
+            sectors.byteswap()
+        self.storage.pwrite(sectors.tobytes(), offset + first * ENTRY)
+
+    def write_all(self, offset: int, table: Table) -> None:
+        """Write a whole run of entries to file offset `offset` (a multiple of a sector)."""
+        if _SWAP:
+            table = table[:]
+            table.byteswap()
+        self.storage.pwrite(memoryview(table).cast("B"), offset)
+
+
+def next_data(storage: Storage, offset: int) -> int:
+    """A file offset (bytes) from `offset` on before which there are only zeros: where the next data may be.
+
+    Storages that know have a method of that name; for others it is `offset`.
+    """
+    ask = getattr(storage, "next_data", None)
+    return offset if ask is None else int(ask(offset))
+
+
+def table_parts(
+    storage: Storage, geometry: Geometry, offset: int, buffer: Table | None = None
+) -> Iterator[tuple[int, Table]]:
+    """(index of the first entry, part) for the parts of the table at `offset` that are not empty.
+
+    Each is valid until the next is asked for: they share `buffer`, a part that the caller may lend.
+    """
+    if buffer is None:
+        buffer = empty(geometry.part_entries)
+    content, size = memoryview(buffer).cast("B"), geometry.part_bytes
+    data = offset if geometry.table_bytes <= SMALL else next_data(storage, offset)
+    for at in range(offset, offset + geometry.table_bytes, size):
+        if data >= at + size:
+            continue
+        storage.pread_into(content, at)
+        if _SWAP:
+            buffer.byteswap()
+        if buffer[0] or not _BLANK.startswith(content):  # which copies nothing
+            yield (at - offset) // ENTRY, buffer
+        if size < geometry.table_bytes:
+            data = next_data(storage, at + size)
+
+
+def length_of(table: Table) -> int:
+    """Entries up to the last one that is not 0."""
+    return len(table) if table[-1] else -(-len(table.tobytes().rstrip(b"\0")) // ENTRY)

@@ -1,0 +1,1 @@
+"""What changes an image as a whole, while nobody else uses it."""

@@ -1,0 +1,1 @@
+"""What the plugin needs besides images: exports, parameters, threads."""

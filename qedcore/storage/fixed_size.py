@@ -1,0 +1,114 @@
+"""FixedSizeStorage: a device or an export as a file that grows.
+
+    storage:  | the image             | what was there before ...             |
+                                      ^ size(): moved by truncate()           ^ the capacity
+
+I1. Where the image ends is not written anywhere: it is found from the tables, as the end of the last cluster that
+    is referred to.  An image with damage ends with the storage: what it has lost may be anywhere, and stays.
+I2. Bytes gained are made zeros, durably, before anything can refer to them: unlike a file's growth, theirs cannot
+    get lost in a crash, and old contents would show.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from functools import partial
+
+from ..check.scan import Damage, Scan
+from ..errors import ImageFormatError, StorageError, UnsupportedError
+from ..format.geometry import MiB
+from ..format.header import read_header
+from . import ReadBuffer, Storage, WriteBuffer, drop_cache, read_from_disk
+
+_ZEROS = bytes(MiB)
+
+
+def end_of_image(storage: Storage, writable: bool = False) -> int:
+    """Where the image in `storage` ends (bytes), from all of its tables; the capacity if it is none, or damaged.
+
+    Of a `writable` one everything after the end will be overwritten.  Raises StorageError.
+    """
+    lost = False  # some entry does not lead where it should
+
+    def report(damage: Damage) -> None:
+        nonlocal lost
+        lost = lost or not (damage.past_end or damage.shared)
+
+    try:
+        header, geometry, bounds = read_header(storage)
+    except (ImageFormatError, UnsupportedError):
+        return storage.size()  # opening it will tell
+    if writable and header.need_check:
+        read_from_disk(storage)
+    found = Scan(storage, geometry, bounds, header.l1_table_offset, report=report).run()
+    if found.error is not None:
+        raise found.error
+    return storage.size() if lost else found.end
+
+
+def as_file(storage: Storage, writable: bool) -> Storage:
+    """`storage`; where its size is fixed, as a file that ends where the image does.  Raises StorageError."""
+    if not storage.fixed_size:
+        return storage
+    return FixedSizeStorage(storage, end_of_image(storage, writable))
+
+
+class FixedSizeStorage:
+    """See Storage.  It owns `inner`.
+
+    The size is changed by one thread at a time (the allocator's lock, or nobody else has the image).
+    """
+
+    fixed_size = False  # from here on it is a file like others
+
+    def __init__(self, inner: Storage, size: int) -> None:
+        self.name = inner.name
+        self._inner = inner
+        self._size = size  # bytes
+        self.punch = inner.punch
+        self.identity = inner.identity
+        self.flush = inner.flush
+        self.close = inner.close
+        self.drop_cache = partial(drop_cache, inner)
+
+    def size(self) -> int:
+        return self._size
+
+    def pread_into(self, buf: WriteBuffer, offset: int) -> None:
+        length = len(buf)
+        if offset + length > self._size:
+            view = memoryview(buf).cast("B")
+            here = max(self._size - offset, 0)
+            view[here:] = bytes(length - here)
+            buf = view[:here]
+        self._inner.pread_into(buf, offset)
+
+    def pwrite(self, buf: ReadBuffer, offset: int) -> None:
+        self._reach(offset + len(buf))
+        self._inner.pwrite(buf, offset)
+
+    def pwritev(self, bufs: Sequence[ReadBuffer], offset: int) -> None:
+        self._reach(offset + sum(map(len, bufs)))
+        self._inner.pwritev(bufs, offset)
+
+    def _reach(self, end: int) -> None:
+        if end > self._size:
+            self.truncate(end)
+
+    def truncate(self, size: int) -> None:
+        capacity = self._inner.size()
+        if size > capacity:
+            raise StorageError(
+                f"cannot make the image in {self.name} {size} bytes long: there are {capacity}", code=errno.ENOSPC
+            )
+        if size > self._size:
+            self._zero(self._size, size)
+            self._inner.flush()  # before anything refers to it (I2)
+        self._size = size
+
+    def _zero(self, start: int, end: int) -> None:
+        if self.punch(start, end - start):
+            return
+        for at in range(start, end, len(_ZEROS)):
+            self._inner.pwrite(memoryview(_ZEROS)[: end - at], at)
