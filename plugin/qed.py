@@ -26,13 +26,13 @@ from qedcore import __version__  # noqa: E402
 from qedcore.engine.cluster_map import ZERO  # noqa: E402
 from qedcore.engine.prefetch import prefetch  # noqa: E402
 from qedcore.errors import QEDError, StorageError  # noqa: E402
-from qedcore.format.geometry import MiB  # noqa: E402
 from qedcore.server.affinity import Crowd, Seat  # noqa: E402
 from qedcore.server.exports import Exports, describe, make_exports  # noqa: E402
 from qedcore.server.parameters import Parameters  # noqa: E402
 from qedcore.server.shared_image import SharedImage  # noqa: E402
 from qedcore.server.thread_state import ThreadStates  # noqa: E402
-from qedcore.storage.file import is_uri  # noqa: E402
+from qedcore.storage.open import is_uri  # noqa: E402
+from qedcore.units import MiB  # noqa: E402
 
 API_VERSION = 2
 FLAG_FUA = nbdkit.FLAG_FUA

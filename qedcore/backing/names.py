@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 from ..errors import RequestError, StorageError, UnsupportedError
 from ..storage import Storage
-from ..storage.file import is_uri
+from ..storage.open import is_uri
 
 # Formats that QEMU reads without a secret, besides raw and QED.
 FOREIGN_FORMATS = ("bochs", "cloop", "dmg", "parallels", "qcow", "qcow2", "vdi", "vhdx", "vmdk", "vpc")

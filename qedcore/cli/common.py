@@ -20,9 +20,11 @@ from ..backing.names import BackingPolicy, from_options, json_options, parse_nam
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
 from ..format.header import read_header
 from ..storage import Storage
-from ..storage.file import CACHE_MODES, CacheMode, FileStorage, cache_mode, is_uri, open_storage
-from ..storage.file import open_file as open_local
+from ..storage.cache_mode import CACHE_MODES, CacheMode, cache_mode
+from ..storage.file import FileStorage
 from ..storage.file_lock import Locking
+from ..storage.open import is_uri, open_storage
+from ..storage.open import open_file as open_local
 from ..units import parse_qemu_size
 
 if TYPE_CHECKING:

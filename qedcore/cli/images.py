@@ -13,8 +13,9 @@ from ..engine.chain import RawSource, file_run
 from ..engine.cluster_map import FOUND, ZERO
 from ..engine.image import QEDImage
 from ..engine.read import Source
-from ..format.geometry import SECTOR, MiB, round_up
+from ..format.geometry import SECTOR, round_up
 from ..storage import ReadBuffer, Storage, WriteBuffer
+from ..units import MiB
 
 BUFFER = 1 * MiB  # bytes per read or write: system calls do not matter, and it stays in the processor's cache
 _ZEROS = bytes(BUFFER)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UnsupportedError
-from ..storage.file import is_uri
+from ..storage.open import is_uri
 from .common import POLICY, find_qemu_img, run_signed
 
 PLUGIN_VARIABLE = "QED_PLUGIN"  # environment: path of qed.py, instead of the one that came with this program

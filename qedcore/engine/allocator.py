@@ -28,10 +28,11 @@ import threading
 from typing import Callable, NamedTuple
 
 from ..errors import ForeignWriterError, QEDError, StorageError, UnreachableError
-from ..format.geometry import Bounds, Geometry, MiB
+from ..format.geometry import Bounds, Geometry
 from ..format.header import FEATURE_NEED_CHECK, HeaderUpdater
 from ..locks import Rank, ranked_condition, ranked_lock
 from ..storage import Storage
+from ..units import MiB
 from .free_map import CLEAN, USED, FreeMap
 from .in_flight import InFlight
 

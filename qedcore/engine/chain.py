@@ -11,12 +11,14 @@ from contextlib import suppress
 from typing import Callable
 
 from ..backing.names import FOREIGN_FORMATS, BackingName, BackingPolicy, parse_name, probe, resolve
+from ..check.image_end import as_file
 from ..errors import ImageFormatError, StorageError, UnsupportedError
 from ..format.header import FEATURE_NO_PROBE
 from ..storage import Storage, close_all
-from ..storage.file import CacheMode, FileStorage, cache_mode, is_uri, open_storage
+from ..storage.cache_mode import CacheMode, cache_mode
+from ..storage.file import FileStorage
 from ..storage.file_lock import LockedError
-from ..storage.fixed_size import as_file
+from ..storage.open import is_uri, open_storage
 from .cluster_map import FOUND, Kind
 from .image import DEFAULT_L2_CACHE, Parts, QEDImage
 from .in_flight import InFlight

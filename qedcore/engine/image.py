@@ -21,11 +21,12 @@ from ..errors import (
     StorageError,
     UnsupportedError,
 )
-from ..format.geometry import Bounds, Geometry, MiB
+from ..format.geometry import Bounds, Geometry
 from ..format.header import Header, HeaderUpdater, read_backing_name, read_header
 from ..format.table import TableIO
 from ..locks import Rank, ranked_lock
 from ..storage import ReadBuffer, Storage, WriteBuffer, close_all, drop_cache
+from ..units import MiB
 from .allocator import Allocator, Extent, NeedCheckGate
 from .cluster_map import ClusterMap, Kind
 from .in_flight import InFlight

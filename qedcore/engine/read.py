@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from ..errors import QEDError, ReadOnlyError, RequestError, ShutdownError
-from ..format.geometry import ZERO_CLUSTER, MiB
+from ..format.geometry import ZERO_CLUSTER
 from ..storage import ReadBuffer, Storage, WriteBuffer
+from ..units import MiB
 from .cluster_map import FOUND, ZERO, ClusterMap, Kind
 from .in_flight import InFlight
 

@@ -9,10 +9,7 @@
 from __future__ import annotations
 
 from ..errors import ImageFormatError, UnsupportedError
-
-KiB = 1024
-MiB = 1024 * KiB
-GiB = 1024 * MiB
+from ..units import KiB, MiB
 
 SECTOR = 512  # bytes: the unit of atomic metadata writes and of image sizes
 ENTRY = 8  # bytes per table entry

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..storage import Storage
-from .geometry import ENTRY, MAX_PART_SIZE, SECTOR, Geometry, KiB
+from ..units import KiB
+from .geometry import ENTRY, MAX_PART_SIZE, SECTOR, Geometry
 
 if TYPE_CHECKING:
     Table = array[int]

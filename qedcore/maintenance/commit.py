@@ -15,9 +15,10 @@ from ..engine.cluster_map import FOUND, ZERO, Kind
 from ..engine.image import Metadata, QEDImage
 from ..engine.read import Source
 from ..errors import CorruptImageError, QEDError, UnsupportedError
-from ..format.geometry import ENTRY, UNALLOCATED, MiB
+from ..format.geometry import ENTRY, UNALLOCATED
 from ..format.table import empty
 from ..storage import Storage
+from ..units import MiB
 from .compact import pack
 from .resize import resize
 

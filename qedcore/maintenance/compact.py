@@ -21,8 +21,9 @@ from typing import Callable, NamedTuple
 
 from ..engine.image import Metadata, QEDImage
 from ..errors import CorruptImageError
-from ..format.geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER, MiB
+from ..format.geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER
 from ..format.table import Table, empty
+from ..units import MiB
 
 WINDOW = 32 * MiB  # bytes rewritten between flushes: enough for them not to matter
 COPY_STEP = 1 * MiB  # bytes copied with one read and one write; larger buffers cost more in page faults

@@ -25,12 +25,12 @@ from ..format.geometry import (
     ZERO_CLUSTER,
     Bounds,
     Geometry,
-    MiB,
     round_up,
 )
 from ..format.header import HEADER_BYTES, KNOWN_FEATURES, MAGIC, MAX_BACKING_NAME, Header
 from ..format.table import TableIO, next_data, table_parts
 from ..storage import Storage
+from ..units import MiB
 
 _CLEARLY = 4  # the best candidate leaves this many times less unexplained than any other
 _IMPOSSIBLE = 8  # one in so many entries of a table may be damaged

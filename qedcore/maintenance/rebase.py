@@ -18,11 +18,13 @@ from ..engine.cluster_map import FOUND, ZERO
 from ..engine.image import QEDImage
 from ..engine.read import Source, find_data, layers, read_chain
 from ..errors import RequestError
-from ..format.geometry import DEFAULT_CLUSTER_SIZE, MiB, round_up
+from ..format.geometry import DEFAULT_CLUSTER_SIZE, round_up
 from ..format.header import HeaderUpdater, place_for_name, read_header
 from ..storage import Storage
-from ..storage.file import CacheMode, open_storage
+from ..storage.cache_mode import CacheMode
 from ..storage.file_lock import LockedError
+from ..storage.open import open_storage
+from ..units import MiB
 
 COMPARE_STEP = 1 * MiB  # bytes compared at once, at least one cluster; larger buffers cost more in page faults
 

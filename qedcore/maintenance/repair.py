@@ -31,10 +31,11 @@ from ..check.cluster_use import DATA, METADATA, ClusterUse
 from ..check.scan import Damage, Scan, ScanResult
 from ..engine.image import Metadata
 from ..errors import ImageFormatError
-from ..format.geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry, MiB, round_up
+from ..format.geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry, round_up
 from ..format.header import FEATURE_NEED_CHECK, Header, HeaderUpdater, read_header
 from ..format.table import TableIO, next_data, table_parts
 from ..storage import Storage, read_from_disk
+from ..units import MiB
 from .compact import pack
 from .header_fit import Fit, prove, raw_header, shape_of
 

@@ -30,11 +30,11 @@ from ..format.geometry import (
     ZERO_CLUSTER,
     Bounds,
     Geometry,
-    MiB,
 )
 from ..format.header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header, read_header
 from ..format.table import TableIO, next_data, table_parts
 from ..storage import Storage
+from ..units import MiB
 from .header_fit import CLUSTER_SIZES, TABLE_SIZES, Fit, best_fit, fit, l1_shaped, raw_header, shape_of
 
 GOOD, ZERO, LOST = "good", "zero", "lost"

@@ -13,7 +13,7 @@ A thread moves when it first meets another one inside a request, so that a clien
 all CPUs.  nbdkit's threads end with their connection.
 
 What takes long outside of Python, such as writing out what a flush asks for, is better done on another CPU meanwhile
-(storage/flush.py).  The process's first thread meets nobody and is never moved: it shows which CPUs there are.
+(storage/sync_thread.py).  The process's first thread meets nobody and is never moved: it shows which CPUs there are.
 """
 
 from __future__ import annotations
@@ -95,19 +95,3 @@ def current_cpu() -> int:
     """The CPU that runs this thread (proc(5), /proc/pid/stat, field 39).  Raises OSError, ValueError, IndexError."""
     with open("/proc/thread-self/stat", encoding="ascii", errors="replace") as file:
         return int(file.read().rpartition(")")[2].split()[36])
-
-
-def confined() -> bool:
-    """Whether the calling thread was moved: it may use fewer CPUs than the first one.  Raises nothing."""
-    try:
-        return os.sched_getaffinity(0) < os.sched_getaffinity(os.getpid())
-    except (AttributeError, OSError):
-        return False
-
-
-def use_all_cpus() -> None:
-    """For a thread that a confined one has started, and which would stay where that is.  Raises nothing."""
-    try:
-        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
-    except (OSError, MemoryError):
-        pass

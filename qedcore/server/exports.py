@@ -17,7 +17,8 @@ from ..format.geometry import SECTOR, Geometry, round_up
 from ..format.header import HEADER_BYTES, MAGIC, Header
 from ..locks import Rank, ranked_lock
 from ..storage import Storage
-from ..storage.file import CacheMode, open_storage
+from ..storage.cache_mode import CacheMode
+from ..storage.open import open_storage
 from ..units import format_size
 from .parameters import NewImage, Parameters
 from .shared_image import Opener, SharedImage

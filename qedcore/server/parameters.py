@@ -11,7 +11,7 @@ from ..engine.in_flight import InFlight
 from ..errors import RequestError
 from ..format.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, check_device_size, round_up
 from ..storage import Storage
-from ..storage.file import CacheMode, cache_mode
+from ..storage.cache_mode import CacheMode, cache_mode
 from ..storage.file_lock import Locking, locking
 from ..units import parse_size
 

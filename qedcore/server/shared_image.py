@@ -17,8 +17,10 @@ from ..engine.in_flight import InFlight
 from ..errors import QEDError, StorageError
 from ..locks import Rank, ranked_lock
 from ..storage import Storage
-from ..storage.file import CacheMode, FileStorage, is_uri, open_file
+from ..storage.cache_mode import CacheMode
+from ..storage.file import FileStorage
 from ..storage.file_lock import Locking, Use
+from ..storage.open import is_uri, open_file
 
 if TYPE_CHECKING:
     from ..storage.nbd import NbdStorage

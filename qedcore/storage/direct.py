@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 
 from ..errors import StorageError
 from . import ReadBuffer, WriteBuffer
-from .file import CacheMode, FileStorage
+from .cache_mode import CacheMode
+from .file import FileStorage
 from .ranges import BusyRanges
 
 _BOUNCE_BYTES = 1 << 20  # per thread; larger requests take several rounds

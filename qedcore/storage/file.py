@@ -7,47 +7,23 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Callable, NamedTuple
+from typing import Callable
 
-from ..errors import RequestError, StorageError
-from . import ReadBuffer, Storage, WriteBuffer
+from ..errors import StorageError
+from . import ReadBuffer, WriteBuffer
+from .cache_mode import CacheMode
 from .file_lock import FileLock, Locking, Use
-from .flush import GroupCommit, SyncThread
+from .flush import GroupCommit
+from .sync_thread import SyncThread
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, with FALLOC_FL_KEEP_SIZE as it must be
 FAR = 1 << 63  # bytes: past the end of every file
 _IOV_BYTES = 1 << 30  # one system call moves less than 2 GiB
 _READAHEAD_BYTES = 128 * 1024  # Linux prefetches no more per call than a device's window, and this is the usual one
-
-
-class CacheMode(NamedTuple):
-    """A cache mode with QEMU's meaning."""
-
-    direct: bool = False  # past the page cache
-    writethrough: bool = False  # every write is flushed before it is answered
-    no_flush: bool = False  # flushes are ignored: a crash may lose everything
-
-
-CACHE_MODES = {
-    "writeback": CacheMode(),
-    "writethrough": CacheMode(writethrough=True),
-    "none": CacheMode(direct=True),
-    "directsync": CacheMode(direct=True, writethrough=True),
-    "unsafe": CacheMode(no_flush=True),
-}
-
-
-def cache_mode(name: str) -> CacheMode:
-    """The mode called `name`; RequestError for any other name."""
-    try:
-        return CACHE_MODES[name]
-    except KeyError:
-        raise RequestError(f"cache={name} is not one of {', '.join(CACHE_MODES)}") from None
 
 
 @cache
@@ -238,43 +214,3 @@ class FileStorage:
 
     def _failed(self, verb: str, length: int, offset: int, error: OSError) -> StorageError:
         return StorageError(f"cannot {verb} {length} bytes at {offset:#x} of {self.name}", error)
-
-
-def is_uri(name: str | os.PathLike[str]) -> bool:
-    """`name` is an NBD URI, not a path."""
-    return re.match(r"nbds?(\+unix|\+vsock)?://", os.fspath(name)) is not None
-
-
-def open_storage(path: str | os.PathLike[str], writable: bool, mode: CacheMode = CacheMode()) -> Storage:
-    """The storage at `path`, or at an NBD URI: the default opener of images.  Raises as open_file."""
-    if is_uri(path):
-        from .nbd import open_uri
-
-        return open_uri(os.fspath(path), writable, no_flush=mode.no_flush)
-    return open_file(path, writable, mode)
-
-
-def open_file(
-    path: str | os.PathLike[str],
-    writable: bool,
-    mode: CacheMode = CacheMode(),
-    *,
-    locking: Locking = Locking.AUTO,
-    share: bool = False,
-) -> FileStorage:
-    """The storage at `path`, locked.  Raises StorageError, LockedError if it is in use.
-
-    `share`: read it whatever others do to it.
-    """
-    if mode.direct:
-        from .direct import DirectStorage
-
-        storage: FileStorage = DirectStorage(path, writable, mode)
-    else:
-        storage = FileStorage(path, writable, mode)
-    try:
-        storage.lock(Use.WRITE if writable else Use.SHARED if share else Use.READ, locking)
-    except BaseException:
-        storage.close()
-        raise
-    return storage

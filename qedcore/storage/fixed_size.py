@@ -3,8 +3,9 @@
     storage:  | the image             | what was there before ...             |
                                       ^ size(): moved by truncate()           ^ the capacity
 
-I1. Where the image ends is not written anywhere: it is found from the tables, as the end of the last cluster that
-    is referred to.  An image with damage ends with the storage: what it has lost may be anywhere, and stays.
+I1. Where the image ends is not written anywhere: it is found from the tables (check/image_end.py), as the end of the
+    last cluster that is referred to.  An image with damage ends with the storage: what it has lost may be anywhere,
+    and stays.
 I2. Bytes gained are made zeros, durably, before anything can refer to them: unlike a file's growth, theirs cannot
     get lost in a crash, and old contents would show.
 """
@@ -15,43 +16,11 @@ import errno
 from collections.abc import Sequence
 from functools import partial
 
-from ..check.scan import Damage, Scan
-from ..errors import ImageFormatError, StorageError, UnsupportedError
-from ..format.geometry import MiB
-from ..format.header import read_header
-from . import ReadBuffer, Storage, WriteBuffer, drop_cache, read_from_disk
+from ..errors import StorageError
+from ..units import MiB
+from . import ReadBuffer, Storage, WriteBuffer, drop_cache
 
 _ZEROS = bytes(MiB)
-
-
-def end_of_image(storage: Storage, writable: bool = False) -> int:
-    """Where the image in `storage` ends (bytes), from all of its tables; the capacity if it is none, or damaged.
-
-    Of a `writable` one everything after the end will be overwritten.  Raises StorageError.
-    """
-    lost = False  # some entry does not lead where it should
-
-    def report(damage: Damage) -> None:
-        nonlocal lost
-        lost = lost or not (damage.past_end or damage.shared)
-
-    try:
-        header, geometry, bounds = read_header(storage)
-    except (ImageFormatError, UnsupportedError):
-        return storage.size()  # opening it will tell
-    if writable and header.need_check:
-        read_from_disk(storage)
-    found = Scan(storage, geometry, bounds, header.l1_table_offset, report=report).run()
-    if found.error is not None:
-        raise found.error
-    return storage.size() if lost else found.end
-
-
-def as_file(storage: Storage, writable: bool) -> Storage:
-    """`storage`; where its size is fixed, as a file that ends where the image does.  Raises StorageError."""
-    if not storage.fixed_size:
-        return storage
-    return FixedSizeStorage(storage, end_of_image(storage, writable))
 
 
 class FixedSizeStorage:

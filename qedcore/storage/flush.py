@@ -1,4 +1,4 @@
-"""GroupCommit: one sync completes every flush that was asked for before it started.  SyncThread: on which CPU.
+"""GroupCommit: one sync completes every flush that was asked for before it started.
 
 Its lock is a leaf and is not held while syncing.
 
@@ -17,7 +17,6 @@ from typing import Any, Callable
 
 from ..errors import StorageError, UnreachableError
 from ..locks import Rank, ranked_lock
-from ..server.affinity import confined, use_all_cpus
 
 
 class _Batch:
@@ -122,61 +121,3 @@ class GroupCommit:
 def _open(gate: Any) -> None:
     if gate.locked():
         gate.release()
-
-
-class SyncThread:
-    """Wraps `sync`, for GroupCommit: for a confined thread (server/affinity.py) it runs on a thread that is not.
-
-    To write out half a megabyte of new clusters takes a CPU 0.1 ms, in which it could serve several requests.
-    """
-
-    def __init__(self, sync: Callable[[], None]) -> None:
-        self._sync = sync
-        self._thread: threading.Thread | None = None
-        # Locks, made here: no step of the thread can fail, and nothing is imported when files or memory are short.
-        self._wanted = threading.Lock()  # held; released for a sync, or to end
-        self._done = threading.Lock()  # held; released when the sync is over
-        self._wanted.acquire()
-        self._done.acquire()
-        self._error: BaseException | None = None
-        self._ends = False
-
-    def sync(self) -> None:
-        """One at a time, and never again after an exception that is none of `sync`."""
-        if self._ends or not confined() or not self._started():
-            self._sync()
-            return
-        self._wanted.release()
-        self._done.acquire()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _started(self) -> bool:
-        if self._thread is None:
-            try:
-                thread = threading.Thread(target=self._run, name="sync", daemon=True)
-                thread.start()
-            except RuntimeError:  # no more threads
-                return False
-            self._thread = thread
-        return True
-
-    def _run(self) -> None:
-        use_all_cpus()
-        while True:
-            self._wanted.acquire()
-            if self._ends:
-                return
-            try:
-                self._sync()
-            except BaseException as error:  # noqa: BLE001 - raised again by sync()
-                self._error = error
-            self._done.release()
-
-    def close(self) -> None:
-        """No sync is running, or waited for."""
-        if self._thread is not None:
-            self._ends = True
-            _open(self._wanted)
-            self._thread.join()

@@ -29,7 +29,7 @@ from qedcore.format.header import FEATURE_NEED_CHECK
 from qedcore.maintenance import compact
 from qedcore.maintenance.repair import Repair
 from qedcore.storage import Storage
-from qedcore.storage.file import CacheMode
+from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.flush import GroupCommit
 
 KiB, MiB = 1024, 1024 * 1024

@@ -21,7 +21,7 @@ from qedcore.engine.chain import close_source
 from qedcore.errors import CorruptImageError, StorageError
 from qedcore.maintenance.rebase import change_name, open_base, rebase
 from qedcore.maintenance.repair import Repair
-from qedcore.storage.file import CacheMode
+from qedcore.storage.cache_mode import CacheMode
 
 CS = 4096  # bytes of a cluster
 Image = Callable[..., Built]

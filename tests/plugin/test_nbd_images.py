@@ -147,8 +147,8 @@ def test_image_in_an_export(
 
 def assert_sound_in(path: Path, copy: Path) -> int:
     """Copy the image out of the export, to its end; returns that."""
+    from qedcore.check.image_end import end_of_image
     from qedcore.storage.file import FileStorage
-    from qedcore.storage.fixed_size import end_of_image
 
     storage = FileStorage(path, writable=False)
     end = end_of_image(storage)

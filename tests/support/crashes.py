@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import qedcore
 from qedcore.errors import StorageError
 from qedcore.storage import Storage
-from qedcore.storage.file import CacheMode
+from qedcore.storage.cache_mode import CacheMode
 from support.qed_image import QedFile
 
 GRANULES = (512, 4096)  # bytes that a disk writes as a whole: old and new ones

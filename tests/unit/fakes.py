@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import qedcore
 from qedcore.errors import StorageError
 from qedcore.storage import Storage
-from qedcore.storage.file import CacheMode, open_storage
+from qedcore.storage.cache_mode import CacheMode
+from qedcore.storage.open import open_storage
 
 WAIT = 20  # seconds: nothing waits this long unless something is broken
 CHANGES = ("pwrite", "pwritev", "truncate", "punch", "flush")

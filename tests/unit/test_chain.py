@@ -19,7 +19,8 @@ import qedcore
 from qedcore.backing.names import FOREIGN_FORMATS, BackingName, BackingPolicy, parse_name, probe, resolve
 from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
 from qedcore.storage import Storage
-from qedcore.storage.file import CacheMode, open_storage
+from qedcore.storage.cache_mode import CacheMode
+from qedcore.storage.open import open_storage
 
 Image = Callable[..., Built]
 CS = 64 * KiB

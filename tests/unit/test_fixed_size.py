@@ -13,9 +13,10 @@ from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import F_NEED_CHECK, Built, assert_sound
 
 import qedcore
+from qedcore.check.image_end import end_of_image
 from qedcore.engine import allocator
 from qedcore.errors import StorageError
-from qedcore.storage.fixed_size import FixedSizeStorage, end_of_image
+from qedcore.storage.fixed_size import FixedSizeStorage
 
 Image = Callable[..., Built]
 CS = 4 * KiB

@@ -17,7 +17,8 @@ from fakes import WAIT, Gate, Job
 from qedcore.errors import StorageError, UnreachableError
 from qedcore.storage import flush
 from qedcore.storage.file import FileStorage
-from qedcore.storage.flush import GroupCommit, SyncThread
+from qedcore.storage.flush import GroupCommit
+from qedcore.storage.sync_thread import SyncThread
 
 
 class Sync:

@@ -33,11 +33,6 @@ RANKS = {package: rank for rank, packages in enumerate(LAYERS) for package in pa
 # Modules outside of packages that all of them may import.
 TOP = ("errors", "locks", "trace", "units")
 
-# Circles and climbs that the move alone leaves; splitting four modules ends them.
-NOT_YET = {("storage.fixed_size", "format.header"), ("storage.fixed_size", "format.geometry")}
-NOT_YET |= {("storage.fixed_size", "check.scan"), ("storage.flush", "server.affinity")}
-NOT_YET |= {("storage.file", "storage.direct")}
-
 # Used where installed, never needed.
 OPTIONAL = {"check.scan_numpy": {"numpy"}, "storage.nbd_link": {"nbd"}}
 
@@ -115,7 +110,7 @@ def test_imports_go_down(source: str) -> None:
     for edge in edges():
         if edge.source != source or package(edge.target) == package(source):
             continue
-        if RANKS[package(edge.target)] >= RANKS[package(source)] and edge[:2] not in NOT_YET:
+        if RANKS[package(edge.target)] >= RANKS[package(source)]:
             wrong.append(f"line {edge.line}: {source} imports {edge.target}")
     assert not wrong
 
@@ -124,7 +119,7 @@ def test_imports_go_down(source: str) -> None:
 def test_no_circle_inside_a_package(name: str) -> None:
     graph: dict[str, set[str]] = {}
     for edge in edges():
-        if package(edge.source) == package(edge.target) == name and edge[:2] not in NOT_YET:
+        if package(edge.source) == package(edge.target) == name:
             graph.setdefault(edge.source, set()).add(edge.target)
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError, naming them
 

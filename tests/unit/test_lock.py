@@ -22,8 +22,10 @@ from qedcore.server.exports import OneImage
 from qedcore.server.parameters import Parameters
 from qedcore.server.shared_image import Opener
 from qedcore.storage import file_lock
-from qedcore.storage.file import CacheMode, FileStorage, open_file
+from qedcore.storage.cache_mode import CacheMode
+from qedcore.storage.file import FileStorage
 from qedcore.storage.file_lock import LockedError, Locking, Use, locking
+from qedcore.storage.open import open_file
 
 Image = Callable[..., Built]
 

@@ -12,7 +12,7 @@ from support.tools import REPO, require, run
 
 from qedcore.cli import COMMANDS, build_command_parser
 from qedcore.server.parameters import Parameters
-from qedcore.storage.file import CACHE_MODES
+from qedcore.storage.cache_mode import CACHE_MODES
 
 PAGE = REPO / "plugin" / "nbdkit-qed-plugin.pod"
 COMMAND_PAGE = REPO / "plugin" / "qed.pod"

@@ -21,7 +21,7 @@ from support.server import import_nbd, wait_for
 from qedcore.errors import StorageError, UnreachableError
 from qedcore.server.shared_image import Opener
 from qedcore.storage import nbd as nbd_module
-from qedcore.storage.file import CacheMode
+from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.file_lock import LockedError, Locking
 from qedcore.storage.nbd import NbdStorage, UriPeer, open_uri
 from qedcore.storage.nbd_link import Link

@@ -26,7 +26,8 @@ from qedcore.errors import ImageFormatError, QEDError, StorageError
 from qedcore.format.header import read_header as read_qed_header
 from qedcore.maintenance.repair import Outcome, Repair
 from qedcore.storage import Storage
-from qedcore.storage.file import CacheMode, FileStorage
+from qedcore.storage.cache_mode import CacheMode
+from qedcore.storage.file import FileStorage
 from qedcore.storage.overlay import Rehearsal
 
 Image = Callable[..., Built]

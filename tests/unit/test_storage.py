@@ -18,8 +18,10 @@ from support.tools import unavailable
 
 from qedcore.errors import RequestError, StorageError
 from qedcore.storage import close_all, direct
+from qedcore.storage.cache_mode import CACHE_MODES, CacheMode, cache_mode
 from qedcore.storage.direct import DirectStorage
-from qedcore.storage.file import CACHE_MODES, CacheMode, FileStorage, cache_mode, open_storage
+from qedcore.storage.file import FileStorage
+from qedcore.storage.open import open_storage
 
 Open = Callable[..., FileStorage]
 

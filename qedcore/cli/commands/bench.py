@@ -8,7 +8,7 @@ import threading
 import time
 
 from ...errors import QEDError, RequestError, StorageError
-from ...storage.file import CACHE_MODES
+from ...storage.cache_mode import CACHE_MODES
 from ..common import (
     add_shared,
     delegate,

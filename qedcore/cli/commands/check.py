@@ -7,11 +7,11 @@ import os
 import sys
 from typing import Any, Callable
 
+from ...check.image_end import as_file
 from ...check.scan import Scan, ScanResult
 from ...errors import ImageFormatError, RequestError, StorageError, UnsupportedError
 from ...format.header import Header, read_header
 from ...storage import Storage
-from ...storage.fixed_size import as_file
 from ..common import (
     PROGRAM,
     Location,

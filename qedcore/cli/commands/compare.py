@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from typing import Callable
 
 from ...errors import QEDError
-from ...format.geometry import SECTOR, KiB
+from ...format.geometry import SECTOR
+from ...units import KiB
 from ..common import (
     Location,
     Progress,

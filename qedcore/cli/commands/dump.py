@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ...errors import QEDError, RequestError
-from ...format.geometry import ENTRY, MiB
+from ...format.geometry import ENTRY
 from ...format.header import (
     FEATURE_NAMES,
     HEADER_BYTES,
@@ -18,6 +18,7 @@ from ...format.header import (
 )
 from ...format.table import TableIO
 from ...storage import Storage
+from ...units import MiB
 from ..common import add_output, add_shared, locate, only_image, open_file
 
 EPILOG = """\

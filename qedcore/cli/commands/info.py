@@ -12,7 +12,7 @@ from ...engine.image import QEDImage
 from ...errors import RequestError, StorageError, UnsupportedError
 from ...format.geometry import SECTOR, round_up
 from ...format.header import FEATURE_NAMES, FEATURE_NO_PROBE, read_header
-from ...storage.file import is_uri
+from ...storage.open import is_uri
 from ...units import format_size
 from ..common import (
     Location,

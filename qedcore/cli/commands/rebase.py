@@ -9,8 +9,8 @@ from ...engine.chain import close_source, resolve
 from ...engine.read import Source
 from ...errors import QEDError, RequestError, UnsupportedError
 from ...maintenance.rebase import LoopError, change_name, open_base, rebase
-from ...storage.file import open_file
 from ...storage.file_lock import LockedError
+from ...storage.open import open_file
 from ..common import (
     POLICY,
     Location,

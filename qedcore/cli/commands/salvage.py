@@ -10,7 +10,8 @@ from ...errors import RequestError
 from ...format.create import replacing
 from ...maintenance.salvage import GOOD, LOST, Found, Range, Salvage
 from ...storage import Storage
-from ...storage.file import FileStorage, is_uri, open_file, open_storage
+from ...storage.file import FileStorage
+from ...storage.open import is_uri, open_file, open_storage
 from ...units import parse_size
 from ..common import Progress, add_output, add_shared
 
