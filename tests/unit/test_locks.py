@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from fakes import WAIT, Gate, Job, Waits
+from unit.fakes import WAIT, Gate, Job, Waits
 
 from qedcore import locks
 from qedcore.locks import KeyedLocks, LockOrderError, Rank, RankedLock, ranked_condition, ranked_lock

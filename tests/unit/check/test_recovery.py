@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CHANGES, FailAt, open_tapped
 from support.patterns import GiB, KiB, MiB, assert_same
 from support.qed_image import F_NEED_CHECK, Built, QedFile, assert_sound
 
@@ -24,6 +23,7 @@ from qedcore.check.scan import Damage, Scan, ScanResult
 from qedcore.errors import QEDError
 from qedcore.format.header import read_header
 from qedcore.storage.file import FileStorage
+from unit.fakes import CHANGES, FailAt, open_tapped
 
 Image = Callable[..., Built]
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import Gate, Job, open_fds
 from support.nbd_server import FLUSH, READ, WRITE, ZERO, Crash, CrashAfter, Fail, FailAfter, FakeServer, Request
 from support.patterns import KiB, MiB, assert_same, stamp
 from support.server import import_nbd, wait_for
@@ -25,6 +24,7 @@ from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.file_lock import LockedError, Locking
 from qedcore.storage.nbd import NbdStorage, UriPeer, open_uri
 from qedcore.storage.nbd_link import Link
+from unit.fakes import Gate, Job, open_fds
 
 SIZE = 1 * MiB
 

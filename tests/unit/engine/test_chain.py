@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CHANGES, FailAt, MemoryStorage, Tap, extents, open_fds
 from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import F_NEED_CHECK, Built, QedFile
 
@@ -21,6 +20,7 @@ from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedErro
 from qedcore.storage import Storage
 from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.open import open_storage
+from unit.fakes import CHANGES, FailAt, MemoryStorage, Tap, extents, open_fds
 
 Image = Callable[..., Built]
 CS = 64 * KiB

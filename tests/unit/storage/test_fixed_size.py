@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fakes import MemoryStorage
 from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import F_NEED_CHECK, Built, assert_sound
 
@@ -17,6 +16,7 @@ from qedcore.check.image_end import end_of_image
 from qedcore.engine import allocator
 from qedcore.errors import StorageError
 from qedcore.storage.fixed_size import FixedSizeStorage
+from unit.fakes import MemoryStorage
 
 Image = Callable[..., Built]
 CS = 4 * KiB

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-from fakes import WAIT, Call, FailAt, Gate, Hook, Interrupted, Job, MemoryStorage, Tap, Waits
 
 from qedcore.engine import allocator as alloc
 from qedcore.engine.allocator import GROWTH_STEP, IDLE_SECONDS, Allocator, Extent, NeedCheckGate
@@ -17,6 +16,7 @@ from qedcore.engine.in_flight import InFlight
 from qedcore.errors import ForeignWriterError, QEDError, StorageError, UnreachableError
 from qedcore.format.geometry import Bounds, Geometry
 from qedcore.format.header import Header, HeaderUpdater
+from unit.fakes import WAIT, Call, FailAt, Gate, Hook, Interrupted, Job, MemoryStorage, Tap, Waits
 
 CS = 4096
 NEED_CHECK = 2

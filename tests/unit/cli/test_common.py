@@ -20,7 +20,7 @@ from qedcore.errors import RequestError, StorageError, UnsupportedError
 from qedcore.format.create import replacing
 from qedcore.units import parse_qemu_size
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 LOCATED = {
     ("a.qed", None, False): ("a.qed", None),

@@ -15,7 +15,7 @@ from support.patterns import GiB, KiB, MiB
 from support.qed_image import F_NEED_CHECK, Built, assert_sound, read_header
 from support.qemu import qemu_img, qemu_img_ok
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Image = Callable[..., Built]
 
 

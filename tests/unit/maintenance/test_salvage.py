@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CHANGES, FailAt, Tap
 from support.patterns import KiB, MiB
 from support.qed_image import Built, Geometry, raw_reader
 
@@ -20,6 +19,7 @@ from qedcore.format.geometry import Geometry as QedGeometry
 from qedcore.maintenance.header_fit import l1_shaped
 from qedcore.maintenance.salvage import FROM_BACKING, GOOD, GUESSED, LOST, ZERO, Range, Salvage
 from qedcore.storage.file import FileStorage
+from unit.fakes import CHANGES, FailAt, Tap
 
 Image = Callable[..., Built]
 

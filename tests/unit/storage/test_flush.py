@@ -12,13 +12,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from fakes import WAIT, Gate, Job
 
 from qedcore.errors import StorageError, UnreachableError
 from qedcore.storage import flush
 from qedcore.storage.file import FileStorage
 from qedcore.storage.flush import GroupCommit
 from qedcore.storage.sync_thread import SyncThread
+from unit.fakes import WAIT, Gate, Job
 
 
 class Sync:

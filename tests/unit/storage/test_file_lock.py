@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from support.qed_image import Built
-from unit.fakes import open_fds
 
 import qedcore
 from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
@@ -26,6 +25,7 @@ from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.file import FileStorage
 from qedcore.storage.file_lock import LockedError, Locking, Use, locking
 from qedcore.storage.open import open_file
+from unit.fakes import open_fds
 
 Image = Callable[..., Built]
 

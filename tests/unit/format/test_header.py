@@ -6,11 +6,11 @@ import errno
 import random
 
 import pytest
-from fakes import Call, FailAt, Gate, Job, MemoryStorage, Tap
 from support.patterns import KiB, MiB
 
 from qedcore.errors import ImageFormatError, StorageError
 from qedcore.format.header import Header, HeaderUpdater, read_backing_name, read_header
+from unit.fakes import Call, FailAt, Gate, Job, MemoryStorage, Tap
 
 # qemu-img create -f qed -b base.raw -F raw, 1 MiB, as in the notes
 EXAMPLE = bytes.fromhex(

@@ -111,7 +111,7 @@ def test_no_holes_are_punched_into_what_is_another_ones(unlocked: Callable[[], q
 
 
 def test_a_failed_header_write_is_not_taken_for_one(image: Callable[..., Built]) -> None:
-    from fakes import FailAt, open_tapped
+    from unit.fakes import FailAt, open_tapped
 
     built = image(size=MiB, layout="D")
     img, tap = open_tapped(built.path)

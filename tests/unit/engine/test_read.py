@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CHANGES, Call, FailAt, Gate, Hook, Interrupted, Job, Tap, Waits, extents, open_tapped
 from support.patterns import GiB, KiB, MiB, Model, assert_same, check_model, random_ops, stamp, zeros
 from support.qed_image import Built, Geometry, QedFile, assert_sound, raw_reader
 
@@ -29,6 +28,7 @@ from qedcore.errors import (
     UnsupportedError,
 )
 from qedcore.storage.file import FileStorage
+from unit.fakes import CHANGES, Call, FailAt, Gate, Hook, Interrupted, Job, Tap, Waits, extents, open_tapped
 
 Image = Callable[..., Built]
 CS = 64 * KiB

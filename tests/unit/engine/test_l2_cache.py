@@ -11,11 +11,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-from fakes import WAIT, Gate, Job
 
 from qedcore.engine import l2_cache
 from qedcore.engine.l2_cache import L2Cache
 from qedcore.errors import StorageError
+from unit.fakes import WAIT, Gate, Job
 
 ENTRIES = 512  # per slice, 4 KiB
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import MemoryStorage
 from support.qed_image import ImageSpec, build, patch_header
 
 from qedcore.engine.image import QEDImage
@@ -20,6 +19,7 @@ from qedcore.format.geometry import Geometry
 from qedcore.server.exports import ImageDirectory, make_exports
 from qedcore.server.parameters import Parameters
 from qedcore.server.shared_image import SharedImage
+from unit.fakes import MemoryStorage
 
 LIMIT = 20  # seconds, for what must happen
 

@@ -7,11 +7,11 @@ import struct
 from array import array
 
 import pytest
-from fakes import Call, FailAt, MemoryStorage, Tap
 
 from qedcore.errors import StorageError
 from qedcore.format import table
 from qedcore.format.table import TableIO, contiguous, empty
+from unit.fakes import Call, FailAt, MemoryStorage, Tap
 
 ENTRIES = 192  # three sectors
 AT = 4096  # bytes: where the table lies

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import Gate, Job, open_fds
 from support.patterns import KiB, assert_same
 from support.tools import unavailable
 
@@ -22,6 +21,7 @@ from qedcore.storage.cache_mode import CACHE_MODES, CacheMode, cache_mode
 from qedcore.storage.direct import DirectStorage
 from qedcore.storage.file import FileStorage
 from qedcore.storage.open import open_storage
+from unit.fakes import Gate, Job, open_fds
 
 Open = Callable[..., FileStorage]
 

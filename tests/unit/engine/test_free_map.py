@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 
-from fakes import Gate, Job
-
 from qedcore.engine.free_map import CLEAN, USED, FreeMap
 from qedcore.engine.in_flight import Epoch, InFlight
+from unit.fakes import Gate, Job
 
 
 def test_against_a_model(rng: random.Random) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CHANGES, Call, FailAt, MemoryStorage, Tap
 from support import qemu
 from support.crashes import World
 from support.patterns import GiB, KiB, MiB
@@ -29,6 +28,7 @@ from qedcore.storage import Storage
 from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.file import FileStorage
 from qedcore.storage.overlay import Rehearsal
+from unit.fakes import CHANGES, Call, FailAt, MemoryStorage, Tap
 
 Image = Callable[..., Built]
 

@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from fakes import FailAt, open_tapped
 from support.crashes import World, check_crashes, guest
 from support.patterns import KiB, random_ops, stamp
 from support.qed_image import F_NEED_CHECK, ZERO, Built, Geometry, QedFile, assert_sound, read_header
@@ -23,6 +22,7 @@ from qedcore.errors import CorruptImageError, QEDError, ReadOnlyError, ShutdownE
 from qedcore.maintenance import compact as module
 from qedcore.maintenance.compact import compact, pack, tidy
 from qedcore.server.shared_image import SharedImage
+from unit.fakes import FailAt, open_tapped
 
 CS = 4 * KiB
 SMALL = {"cluster_size": CS, "table_size": 1}  # 512 entries: 2 MiB for one L2 table
