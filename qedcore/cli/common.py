@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..backing.names import BackingPolicy, from_options, json_options, parse_name, probe, resolve
+from ..backing.names import from_options, json_options, parse_name, resolve
+from ..backing.policy import BackingPolicy
+from ..backing.probe import probe
 from ..errors import QEDError, RequestError, StorageError, UnsupportedError
 from ..format.header import read_header
 from ..storage import Storage

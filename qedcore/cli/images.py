@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Union
 
-from ..engine.chain import RawSource, file_run
 from ..engine.cluster_map import FOUND, ZERO
 from ..engine.image import QEDImage
-from ..engine.read import Source
+from ..engine.raw import RawSource, file_run
+from ..engine.source import Source
 from ..format.geometry import SECTOR, round_up
 from ..storage import ReadBuffer, Storage, WriteBuffer
 from ..units import MiB

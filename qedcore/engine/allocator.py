@@ -1,4 +1,4 @@
-"""Where new clusters come from, and the dirty period around them (NEED_CHECK).
+"""Where new clusters come from, and what becomes of freed ones.
 
     file:  | header, tables, data ...            | grown, fresh |
                                                  ^ bounds.end   ^ _grown
@@ -14,23 +14,16 @@ I2. Data clusters that the guest freed are handed out again once that is safe (D
     In an image with shared clusters none are: the other entry's data would go.  NEED_CHECK does not tell of those,
     so the tables are looked through once, before the first hole (`sole_users`).
     Tables are always appended.
-I3. The dirty period: NEED_CHECK is durable before the first metadata change, and is cleared only when everything
-    is durable and nothing is in flight; new allocations wait until the cleared header is durable too.
-I4. Once a metadata write or a flush has failed, NEED_CHECK stays: the next writable open repairs.
-I5. Where nothing locks the image, somebody else may write to it.  Who does so changes the header, which is read again
-    when a dirty period begins and ends, and when the file grows; from then on nothing is allocated or freed.
+I3. Nothing is allocated or freed any more once another writer of the image was noticed (need_check.py, I3).
 """
 
 from __future__ import annotations
 
-import errno
-import threading
 from typing import Callable, NamedTuple
 
-from ..errors import ForeignWriterError, QEDError, StorageError, UnreachableError
+from ..errors import StorageError, UnreachableError
 from ..format.geometry import Bounds, Geometry
-from ..format.header import FEATURE_NEED_CHECK, HeaderUpdater
-from ..locks import Rank, ranked_condition, ranked_lock
+from ..locks import Rank, ranked_lock
 from ..storage import Storage
 from ..units import MiB
 from .free_map import CLEAN, USED, FreeMap
@@ -39,7 +32,6 @@ from .in_flight import InFlight
 GROWTH_STEP = 16 * MiB  # one truncation, hence one journalled size, serves this much allocation
 _WORTH = 32  # freed clusters wait at most until they are this part of the file, or GROWTH_STEP
 _MAX_UNLINKED = 1 << 16  # extents remembered before a flush is made for them, if that helps
-IDLE_SECONDS = 5.0  # QEMU's delay between the last allocation and the clean header
 
 
 class Extent(NamedTuple):
@@ -272,176 +264,3 @@ def _joined(extents: list[Extent], cluster_size: int) -> list[Extent]:
         else:
             joined.append(extent)
     return joined
-
-
-class NeedCheckGate:
-    """The dirty period (I3, I4).  Every allocating request runs inside `with gate:`.
-
-    The condition protects `_dirty`, `_changing` and `_closed`; it is not held across I/O: `_changing` keeps the
-    others waiting.  The gate is opened under it only, but may be shut without, when another writer is noticed.
-    `inside` and `open` are for requests that must be fast: they do these steps of __enter__() themselves.
-    I6. A request that finds the gate open takes no lock: it notes itself in `inside`, then looks at `open`.  Who
-        shuts the gate clears `open`, then looks at `inside`.  So one of them sees the other; each step is one call
-        or store, atomic under the interpreter's lock.
-    `clock` counts seconds.
-    """
-
-    def __init__(
-        self, storage: Storage, header: HeaderUpdater, allocator: Allocator, clock: Callable[[], float]
-    ) -> None:
-        self._storage = storage
-        self._header = header
-        self._allocator = allocator
-        self._clock = clock
-        self._cond = ranked_condition(Rank.GATE)
-        self._dirty = header.header.need_check  # NEED_CHECK is set and durable
-        self._changing = False  # a thread is setting or clearing it
-        self.open = self._dirty  # dirty, and nobody is changing that
-        self.inside: list[None] = []  # an item per allocating request
-        self._failed = False  # I4
-        self._others: ForeignWriterError | None = None  # somebody else writes to the image (I5)
-        self._last_use = clock()  # seconds
-        self._closed = False
-        self._timer: threading.Thread | None = None
-        allocator.before_growth = self.refuse_others
-
-    def __enter__(self) -> None:
-        self.inside.append(None)
-        if not self.open:
-            self.inside.pop()
-            self._begin()
-
-    def leave(self, *_: object) -> None:
-        """The request that is noted in `inside` is over."""
-        self._last_use = self._clock()
-        self.inside.pop()
-
-    __exit__ = leave
-
-    def _begin(self) -> None:
-        """Enter when the gate is open, or open it: begin the dirty period."""
-        with self._cond:
-            while self._changing:
-                self._cond.wait()
-            if self._others is not None:
-                raise ForeignWriterError(str(self._others))
-            if self._dirty:
-                self.inside.append(None)
-                return
-            self._changing = True
-        try:
-            self.refuse_others()
-            self._header.set_features(set=FEATURE_NEED_CHECK)
-            # Durable before any metadata change: else a crash could leave changed tables in an image that looks
-            # clean, and the next allocation would reuse what they point at.
-            self._storage.flush()
-        except BaseException:
-            self._settle(dirty=False)
-            raise
-        self.inside.append(None)
-        self._settle(dirty=True)
-
-    def _settle(self, dirty: bool) -> None:
-        with self._cond:
-            self._dirty = dirty
-            self.open = dirty and self._others is None
-            self._changing = False
-            self._last_use = self._clock()
-            self._cond.notify_all()
-
-    def _shut(self, idle: float) -> bool:
-        """Let nobody in any more, if nobody is inside and has been for `idle` seconds; _settle() ends it."""
-        with self._cond:
-            if not self.open or self._clock() - self._last_use < idle:
-                return False
-            self.open = False
-            # In this order: who is inside says without a lock that it has failed, and then leaves (I4).  Not with
-            # "or", which would look at the list twice.
-            self._changing = not self.inside and not self._failed
-            if not self._changing:
-                self.open = True
-                if self._others is not None:  # somebody inside has noticed meanwhile (I5)
-                    self.open = False
-            return self._changing
-
-    def fail(self) -> None:
-        """A metadata write failed, or an image is damaged: keep NEED_CHECK until it was repaired (I4).
-
-        Takes no lock, because its caller holds a table's: the flag only ever goes up.
-        """
-        self._failed = True
-
-    def refuse_others(self) -> None:
-        """Raises StorageError if somebody else has written to the image, for good (I5)."""
-        try:
-            self._header.refuse_others(mark=self._dirty)
-        except ForeignWriterError as error:
-            self._others = error
-            self.open = False
-            self._allocator.reuse, self._allocator.sole_users = False, None
-            self.fail()
-            raise
-
-    def settled(self) -> None:
-        """The flag on disk was cleared, durably, by the repair at open."""
-        self._settle(dirty=False)
-
-    def clear(self, idle: float = 0.0) -> bool:
-        """Clear NEED_CHECK if nothing was allocated for `idle` seconds; True if it was cleared.
-
-        Raises StorageError; NEED_CHECK then stays on disk, or is set again by the next allocation.
-        """
-        if not self._shut(idle):
-            return False
-        try:
-            self.refuse_others()
-            if self._allocator.pending:
-                self._allocator.flush()
-            self._allocator.trim_tail()  # and flush everything that the flag stands for, before the flag
-        except BaseException:
-            self.fail()
-            self._settle(dirty=True)
-            raise
-        try:
-            self._header.set_features(clear=FEATURE_NEED_CHECK)
-            # Durable before the next allocation may set it again: else the set could be lost and the clear kept.
-            self._storage.flush()
-        finally:
-            self._settle(dirty=False)  # after an error the state on disk is unknown: the next period sets it
-        return True
-
-    def start_timer(self, report: Callable[[QEDError], None]) -> None:
-        """Start the thread that ends idle dirty periods; `report` is told of its errors.  After any fork."""
-        assert self._timer is None
-        self._timer = threading.Thread(target=self._run_timer, args=(report,), name="need-check", daemon=True)
-        self._timer.start()
-
-    def _run_timer(self, report: Callable[[QEDError], None]) -> None:
-        while True:
-            with self._cond:
-                if self._closed:
-                    return
-                if not self._dirty or self._failed:
-                    self._cond.wait()
-                    continue
-                # Not woken by each allocation: it looks again when the oldest possible deadline is over.
-                remaining = self._last_use + IDLE_SECONDS - self._clock()
-                if self.inside or self._changing or remaining > 0:
-                    self._cond.wait(max(remaining, 0.1))
-                    continue
-            try:
-                self.clear(IDLE_SECONDS)
-            except QEDError as error:
-                report(error)
-            except MemoryError:
-                report(StorageError("NEED_CHECK stays set: out of memory", code=errno.ENOMEM))
-
-    def close(self) -> None:
-        """End the dirty period for good.  Nothing may be in flight.  Raises StorageError (NEED_CHECK then stays)."""
-        with self._cond:
-            self._closed = True
-            self._cond.notify_all()
-        if self._timer is not None:
-            self._timer.join()
-            self._timer = None
-        self.clear()

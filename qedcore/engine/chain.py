@@ -2,107 +2,28 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import stat
 import time
 from contextlib import suppress
 from typing import Callable
 
-from ..backing.names import FOREIGN_FORMATS, BackingName, BackingPolicy, parse_name, probe, resolve
+from ..backing.foreign import FOREIGN_FORMATS, open_foreign
+from ..backing.names import BackingName, parse_name
+from ..backing.policy import BackingPolicy
+from ..backing.probe import probe
 from ..check.image_end import as_file
 from ..errors import ImageFormatError, StorageError, UnsupportedError
 from ..format.header import FEATURE_NO_PROBE
 from ..storage import Storage, close_all
 from ..storage.cache_mode import CacheMode, cache_mode
-from ..storage.file import FileStorage
 from ..storage.file_lock import LockedError
 from ..storage.open import is_uri, open_storage
-from .cluster_map import FOUND, Kind
 from .image import DEFAULT_L2_CACHE, Parts, QEDImage
 from .in_flight import InFlight
-from .read import Source, layers
-
-__all__ = ["ChainOpener", "RawSource", "close_source", "open_image", "open_source", "probe", "resolve"]
+from .raw import RawSource
+from .source import Source, layers
 
 Opener = Callable[[str, bool, CacheMode], Storage]
-
-
-def file_run(storage: Storage, pos: int, length: int) -> tuple[bool, int]:
-    """(has data, bytes) of the run at pos of a plain file; a file system that cannot tell has data everywhere."""
-    if not isinstance(storage, FileStorage):
-        from ..storage.nbd import NbdStorage  # here, because most images are files
-
-        return storage.data_run(pos, length) if isinstance(storage, NbdStorage) else (True, length)
-    try:
-        data = os.lseek(storage.fd, pos, os.SEEK_DATA)
-        if data > pos:
-            return False, min(length, data - pos)
-        return True, min(length, os.lseek(storage.fd, pos, os.SEEK_HOLE) - pos)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # no data up to the end of the file, or past the end
-            return False, length
-        return True, length
-
-
-class RawSource:
-    """A raw file under an image, or a part of one: all of it is read.
-
-    Also an image in another format, whose guest's view is the storage.  `writable`: commit may write to the storage.
-    """
-
-    def __init__(self, storage: Storage, offset: int = 0, size: int | None = None, writable: bool = False) -> None:
-        self.storage = storage
-        self.backing: Source | None = None
-        self.writable = writable
-        self._offset = offset  # bytes
-        there = storage.size() - offset
-        if offset < 0 or there < 0 or (size is not None and not 0 <= size <= there):
-            raise UnsupportedError(
-                f"{storage.name} has {storage.size()} bytes: the part at {offset} of {size} bytes is not in it"
-            )
-        self.size = there if size is None else size  # bytes
-
-    def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
-        return FOUND, self._offset + pos, length
-
-    def data_run(self, pos: int, length: int) -> tuple[bool, int]:
-        return file_run(self.storage, self._offset + pos, length)
-
-
-def open_foreign(
-    target: str, format: str, mode: CacheMode, identity: object, confined: str | None = None, name: str | None = None
-) -> Storage:
-    """The guest's view of an image in another format, through qemu-nbd: `target` names it to QEMU.
-
-    With `confined`, the path of that very file, QEMU opens nothing but this.  Raises StorageError, UnsupportedError.
-    """
-    from ..storage.qemu_nbd import open_by_qemu
-
-    words = ["--cache=none"] if mode.direct else []
-    name = name or target
-    if confined is None:
-        return open_by_qemu(name, [*words, "-f", format, "--", target], identity)
-    fd = _open_same(confined, identity)
-    driver = "file" if stat.S_ISREG(os.fstat(fd).st_mode) else "host_device"
-    opened = f'{{"driver":"{driver}","filename":"/proc/self/fd/{fd}"}}'
-    return open_by_qemu(name, [*words, f'json:{{"driver":"{format}","backing":null,"file":{opened}}}'], identity, fd)
-
-
-def _open_same(path: str, identity: object) -> int:
-    """A descriptor of the file at `path`, which must have this identity; the low ones are left for a child's use."""
-    try:
-        low = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            info = os.fstat(low)
-            if identity != (info.st_dev, info.st_ino):
-                raise UnsupportedError(f"{path} is being replaced")
-            return fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10)
-        finally:
-            os.close(low)
-    except OSError as error:
-        raise StorageError(f"cannot open {path}", error) from None
 
 
 class ChainOpener:

@@ -27,11 +27,13 @@ from ..format.table import TableIO
 from ..locks import Rank, ranked_lock
 from ..storage import ReadBuffer, Storage, WriteBuffer, close_all, drop_cache
 from ..units import MiB
-from .allocator import Allocator, Extent, NeedCheckGate
+from .allocator import Allocator, Extent
 from .cluster_map import ClusterMap, Kind
 from .in_flight import InFlight
 from .l2_cache import L2Cache
-from .read import ClosedRequests, Requests, Source, layers
+from .need_check import NeedCheckGate
+from .read import ClosedRequests, Requests
+from .source import Source, layers
 from .write import WritableRequests
 
 DEFAULT_L2_CACHE = 8 * MiB  # bytes: the tables of 64 GiB at the default geometry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..storage.file import FileStorage
-from .read import Source, find_data
+from .source import Source, find_data
 
 
 def prefetch(source: Source, pos: int, length: int) -> None:

@@ -18,10 +18,11 @@ from ..format.geometry import SECTOR
 from ..format.table import Table
 from ..storage import ReadBuffer, Storage, WriteBuffer
 from ..trace import FaultHook, Tracer
-from .allocator import Extent, NeedCheckGate
+from .allocator import Extent
 from .cluster_map import FOUND, ClusterMap, Kind
 from .image import Parts
 from .l2_cache import L2Cache
+from .need_check import NeedCheckGate
 from .read import Requests
 from .write import WritableRequests
 

@@ -17,11 +17,13 @@ from threading import get_ident
 from ..format.geometry import UNALLOCATED, ZERO_CLUSTER
 from ..format.table import Table, contiguous
 from ..storage import ReadBuffer, Storage
-from .allocator import Allocator, Extent, NeedCheckGate
+from .allocator import Allocator, Extent
 from .cluster_locks import Claims
 from .cluster_map import FOUND, NO_CLUSTER, NO_TABLE, ZERO, ClusterMap, Kind
 from .in_flight import InFlight
-from .read import ZEROS, Requests
+from .need_check import NeedCheckGate
+from .read import Requests
+from .source import ZEROS
 
 
 class WritableRequests(Requests):

@@ -10,10 +10,10 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Callable
 
-from ..engine.chain import RawSource
 from ..engine.cluster_map import FOUND, ZERO, Kind
 from ..engine.image import Metadata, QEDImage
-from ..engine.read import Source
+from ..engine.raw import RawSource
+from ..engine.source import Source
 from ..errors import CorruptImageError, QEDError, UnsupportedError
 from ..format.geometry import ENTRY, UNALLOCATED
 from ..format.table import empty

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Callable
 
-from ..backing.names import BackingPolicy
+from ..backing.policy import BackingPolicy
 from ..engine.chain import open_source
 from ..engine.cluster_map import FOUND, ZERO
 from ..engine.image import QEDImage
-from ..engine.read import Source, find_data, layers, read_chain
+from ..engine.source import Source, find_data, layers, read_chain
 from ..errors import RequestError
 from ..format.geometry import DEFAULT_CLUSTER_SIZE, round_up
 from ..format.header import HeaderUpdater, place_for_name, read_header

@@ -8,7 +8,8 @@ import stat
 from functools import partial
 from typing import Callable, Protocol
 
-from ..engine.chain import close_source, open_source, resolve
+from ..backing.names import resolve
+from ..engine.chain import close_source, open_source
 from ..engine.image import QEDImage
 from ..engine.in_flight import InFlight
 from ..errors import ImageFormatError, QEDError, RequestError, StorageError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
-from ..backing.names import BackingPolicy
+from ..backing.policy import BackingPolicy
 from ..engine.chain import open_image
 from ..engine.image import DEFAULT_L2_CACHE, QEDImage
 from ..engine.in_flight import InFlight

@@ -21,11 +21,12 @@ from crash.schedule import Deadlock, Scheduler, _Condition
 from support.crashes import RecordedFile
 
 from qedcore.engine import cluster_locks as claims
-from qedcore.engine.allocator import Allocator, Extent, NeedCheckGate
+from qedcore.engine.allocator import Allocator, Extent
 from qedcore.engine.cluster_locks import Claims
 from qedcore.engine.cluster_map import NO_CLUSTER, NO_TABLE, ClusterMap, Kind
 from qedcore.engine.image import QEDImage
 from qedcore.engine.in_flight import InFlight
+from qedcore.engine.need_check import NeedCheckGate
 from qedcore.engine.write import WritableRequests
 from qedcore.errors import QEDError, StorageError
 from qedcore.format.table import Table, TableIO

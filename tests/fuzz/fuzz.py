@@ -57,7 +57,7 @@ from support.qed_image import (
 from support.tools import scratch
 
 import qedcore
-from qedcore.backing.names import BackingPolicy
+from qedcore.backing.policy import BackingPolicy
 from qedcore.cli import main as qed
 from qedcore.engine.chain import close_source
 from qedcore.errors import QEDError

@@ -20,7 +20,7 @@ from support.server import Nbdkit, QemuNbd, StartError, import_nbd, wait_for
 from support.tools import Result, require, run
 
 import qedcore
-from qedcore.backing.names import BackingPolicy
+from qedcore.backing.policy import BackingPolicy
 from qedcore.errors import QEDError, StorageError, UnsupportedError
 
 Image = Callable[..., Built]

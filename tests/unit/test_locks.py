@@ -10,10 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from unit.fakes import WAIT, Gate, Job, Waits
 
 from qedcore import locks
 from qedcore.locks import KeyedLocks, LockOrderError, Rank, RankedLock, ranked_condition, ranked_lock
+from unit.fakes import WAIT, Gate, Job, Waits
 
 ROOT = Path(__file__).resolve().parents[2]
 

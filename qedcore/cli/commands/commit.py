@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 
-from ...engine.chain import resolve
+from ...backing.names import resolve
 from ...engine.image import QEDImage
-from ...engine.read import Source
+from ...engine.source import Source
 from ...errors import RequestError, StorageError
 from ...maintenance.commit import commit
 from ..common import (

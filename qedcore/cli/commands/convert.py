@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from ...engine.chain import resolve
+from ...backing.names import resolve
 from ...engine.cluster_map import FOUND, ZERO
 from ...engine.image import QEDImage
 from ...errors import CorruptImageError, QEDError, RequestError, StorageError, UnsupportedError

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 
-from ...engine.chain import probe
+from ...backing.probe import probe
 from ...errors import QEDError, RequestError, StorageError, UnsupportedError
 from ...format.geometry import SECTOR, round_up
 from ...storage.file import FileStorage

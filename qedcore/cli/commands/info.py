@@ -6,8 +6,8 @@ import argparse
 import os
 from typing import Any
 
+from ...backing.names import resolve
 from ...check.scan import Scan
-from ...engine.chain import resolve
 from ...engine.image import QEDImage
 from ...errors import RequestError, StorageError, UnsupportedError
 from ...format.geometry import SECTOR, round_up

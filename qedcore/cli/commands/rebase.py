@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from ...engine.chain import close_source, resolve
-from ...engine.read import Source
+from ...backing.names import resolve
+from ...engine.chain import close_source
+from ...engine.source import Source
 from ...errors import QEDError, RequestError, UnsupportedError
 from ...maintenance.rebase import LoopError, change_name, open_base, rebase
 from ...storage.file_lock import LockedError

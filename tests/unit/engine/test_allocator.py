@@ -11,8 +11,9 @@ from typing import NamedTuple
 import pytest
 
 from qedcore.engine import allocator as alloc
-from qedcore.engine.allocator import GROWTH_STEP, IDLE_SECONDS, Allocator, Extent, NeedCheckGate
+from qedcore.engine.allocator import GROWTH_STEP, Allocator, Extent
 from qedcore.engine.in_flight import InFlight
+from qedcore.engine.need_check import IDLE_SECONDS, NeedCheckGate
 from qedcore.errors import ForeignWriterError, QEDError, StorageError, UnreachableError
 from qedcore.format.geometry import Bounds, Geometry
 from qedcore.format.header import Header, HeaderUpdater
@@ -836,7 +837,7 @@ def test_failure_before_the_flag_keeps_it(make: Callable[..., Dirty], n: int) ->
     assert caught.value.errno == errno.ENOSPC
     assert dirty.on_disk and dirty.header.header.need_check
     assert "clear" not in dirty.take_log()
-    assert dirty.gate.clear() is False  # for good: something may be missing (I4)
+    assert dirty.gate.clear() is False  # for good: something may be missing (I2)
     with dirty.gate:  # but allocations go on
         assert dirty.take_log() == []
     dirty.gate.close()

@@ -15,7 +15,10 @@ from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import F_NEED_CHECK, Built, QedFile
 
 import qedcore
-from qedcore.backing.names import FOREIGN_FORMATS, BackingName, BackingPolicy, parse_name, probe, resolve
+from qedcore.backing.foreign import FOREIGN_FORMATS
+from qedcore.backing.names import BackingName, parse_name, resolve
+from qedcore.backing.policy import BackingPolicy
+from qedcore.backing.probe import probe
 from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
 from qedcore.storage import Storage
 from qedcore.storage.cache_mode import CacheMode
@@ -301,7 +304,7 @@ def test_block_devices_need_permission(image: Image, tmp_path: Path, monkeypatch
     """The file stands for a device: making a real one takes root."""
     base = raw(tmp_path / "base")
     built = image(backing="base", no_probe=True)
-    monkeypatch.setattr("qedcore.backing.names.stat.S_ISBLK", lambda mode: mode == base.stat().st_mode)
+    monkeypatch.setattr("qedcore.backing.policy.stat.S_ISBLK", lambda mode: mode == base.stat().st_mode)
     with pytest.raises(UnsupportedError, match=f"block device: .*backing=any, or backing-dir={base}"):
         qedcore.open_image(built.path)
     for policy in (BackingPolicy(follow="any"), confined(base), confined(tmp_path)):

@@ -1,4 +1,4 @@
-"""Two writers of one image where nothing locks it: what the header tells them of each other (allocator.py, I5)."""
+"""Two writers of one image where nothing locks it: what the header tells them of each other (need_check.py, I3)."""
 
 from __future__ import annotations
 

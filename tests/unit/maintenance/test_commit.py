@@ -12,8 +12,8 @@ from support.patterns import KiB, assert_same, stamp
 from support.qed_image import F_NEED_CHECK, Built, QedFile, assert_sound, raw_reader, read_header
 
 import qedcore
-from qedcore.engine.chain import RawSource
-from qedcore.engine.read import Source
+from qedcore.engine.raw import RawSource
+from qedcore.engine.source import Source
 from qedcore.errors import CorruptImageError, QEDError
 from qedcore.maintenance.commit import commit
 
