@@ -250,6 +250,15 @@ def test_dry_run(image: Image, qed: Qed) -> None:
     assert qed("check", "--dry-run", built.path).rc == 1
 
 
+def test_dry_run_with_tables_behind_leaks(image: Image, qed: Qed) -> None:
+    """The file that it imagines is too short for them, because it moves nothing."""
+    built = image(layout="DD", l1_last=True, litter=lambda behind: [b"", b"", b"", b"", b""])
+    before = built.path.read_bytes()
+    result = qed("check", "-r", "leaks", "--dry-run", built.path)
+    assert (result.rc, result.err) == (3, "")
+    assert built.path.read_bytes() == before
+
+
 def test_verbose(image: Image, qed: Qed) -> None:
     built = image(layout="DD", entries={2: 5})
     result = qed("check", "-v", built.path)

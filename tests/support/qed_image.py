@@ -98,6 +98,8 @@ class ImageSpec:
     backing_at: int = 64  # bytes, where the name is stored
     header: Mapping[str, int] = field(default_factory=dict)  # final word on any header field
     leaks: int = 0  # unreferenced clusters at the end of the file
+    # Asked behind each "table" and "data" cluster for the contents of unreferenced clusters there; b"" is a hole.
+    litter: Callable[[str], Sequence[bytes]] = lambda behind: ()
     length: int | None = None  # final length of the file, bytes (cuts or extends it)
     trailing: bytes = b""  # after everything else
     tag: int = 1
@@ -197,11 +199,15 @@ def build(path: str | os.PathLike[str], spec: ImageSpec) -> Built:
     cs = spec.cluster_size
     built = Built(Path(path), spec, spec.kinds())
     cursor = max(1, spec.header_size)
+    litter: dict[int, bytes] = {}  # offset -> content
 
-    def take(clusters: int) -> int:
+    def take(clusters: int, what: str = "table") -> int:
         nonlocal cursor
         offset = cursor * cs
         cursor += clusters
+        for content in spec.litter(what):
+            litter[cursor * cs] = content
+            cursor += 1
         return offset
 
     if not spec.l1_last:
@@ -210,17 +216,17 @@ def build(path: str | os.PathLike[str], spec: ImageSpec) -> Built:
     tables = sorted({cluster // geometry.entries for cluster in named})
     data = sorted((c for c, kind in built.kinds.items() if kind == "data"), reverse=spec.reverse)
     if spec.reverse:
-        built.offsets = {cluster: take(1) for cluster in data}
+        built.offsets = {cluster: take(1, "data") for cluster in data}
         built.l2_offsets = {index: take(spec.table_size) for index in tables}
     else:
         for index in tables:
             for cluster in data:
                 if cluster // geometry.entries == index:
-                    built.offsets[cluster] = take(1)
+                    built.offsets[cluster] = take(1, "data")
             built.l2_offsets[index] = take(spec.table_size)
     if spec.l1_last:
         built.l1_offset = take(spec.table_size)
-    take(spec.leaks)
+    cursor += spec.leaks
     built.end = cursor * cs
 
     l2: dict[int, dict[int, int]] = {index: {} for index in tables}
@@ -265,6 +271,8 @@ def build(path: str | os.PathLike[str], spec: ImageSpec) -> Built:
                 continue
             for start in _edges(cs):
                 os.pwrite(fd, stamp(spec.tag, cluster * cs + start, EDGE), offset + start)
+        for offset, content in litter.items():
+            os.pwrite(fd, content, offset)
         if name:
             os.pwrite(fd, name, spec.backing_at)
         os.pwrite(fd, pack_header(header), 0)
@@ -295,6 +303,7 @@ class Report:
     """What verify() found."""
 
     errors: list[str] = field(default_factory=list)
+    impossible: list[str] = field(default_factory=list)  # of the errors: entries that lead nowhere
     leaks: list[int] = field(default_factory=list)  # cluster numbers in the file
     allocated: int = 0  # data clusters
     zero: int = 0  # zero clusters
@@ -411,6 +420,29 @@ class QedFile:
                 out += self.backing()(at, n)
         return bytes(out)
 
+    def leads_somewhere(self, offset: int, clusters: int = 1) -> bool:
+        """Whether an entry may have this value: aligned, after the header, and inside the file."""
+        cs = self.geometry.cluster_size
+        inside = self.header["header_size"] * cs <= offset and offset + clusters * cs <= self.length
+        return inside and offset % cs == 0
+
+    def is_lost(self, cluster: int) -> bool:
+        """Whether an impossible entry hides what a guest cluster holds."""
+        index = cluster // self.geometry.entries
+        offset = self.l1.get(index, 0)
+        if offset and not self.leads_somewhere(offset, self.geometry.table_size):
+            return True
+        entry = self.entry(cluster)
+        return entry > ZERO and not self.leads_somewhere(entry)
+
+    def in_use(self) -> set[int]:
+        """Clusters of the file that are the header's or that something leads to."""
+        cs, ts = self.geometry.cluster_size, self.geometry.table_size
+        tables = [self.header["l1_table_offset"], *self.l1.values()]
+        used = set(range(max(1, self.header["header_size"])))
+        used.update(offset // cs + i for offset in tables if self.leads_somewhere(offset, ts) for i in range(ts))
+        return used | {value // cs for value in self.entries().values() if self.leads_somewhere(value)}
+
     def verify(self) -> Report:
         """Every referenced cluster aligned, after the header, wholly inside the file, referenced once."""
         cs, ts = self.geometry.cluster_size, self.geometry.table_size
@@ -419,11 +451,10 @@ class QedFile:
         owner: dict[int, str] = {}
 
         def claim(offset: int, clusters: int, what: str) -> bool:
-            if offset % cs:
-                report.errors.append(f"{what}: {offset:#x} is not aligned")
-                return False
-            if offset < first * cs or offset + clusters * cs > self.length:
-                report.errors.append(f"{what}: {offset:#x} is outside the file of {self.length:#x}")
+            if not self.leads_somewhere(offset, clusters):
+                error = f"{what}: {offset:#x} is not aligned, or outside the file of {self.length:#x}"
+                report.impossible.append(error)
+                report.errors.append(error)
                 return False
             good = True
             for number in range(offset // cs, offset // cs + clusters):

@@ -85,6 +85,7 @@ def _check(args: argparse.Namespace, where: Location, storage: Storage) -> int:
 
 
 def _repair(args: argparse.Namespace, where: Location, storage: Storage) -> int:
+    from ...maintenance.header_fit import raw_header
     from ...maintenance.repair import Repair
     from ...storage.overlay import Rehearsal  # here, because a mere check should not wait for them
 
@@ -102,7 +103,8 @@ def _repair(args: argparse.Namespace, where: Location, storage: Storage) -> int:
         for line in notes:
             print(f"    {line}")
         print("\nThe image now, unchanged:\n" if notes else "")
-    return _finish(args, where, read_header(target)[0], outcome.first, notes=notes)
+    # Not read_header(): the file of the rehearsal is shorter than where its tables, which were not moved, are.
+    return _finish(args, where, raw_header(target), outcome.first, notes=notes)
 
 
 def _silent(text: object) -> None:
