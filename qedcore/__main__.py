@@ -25,7 +25,7 @@ def main() -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, "w", errors="ignore"))
-    from .cli import main as run
+    from .cli.main import main as run
 
     code = run()
     try:

@@ -20,7 +20,7 @@ from ..format.geometry import (
 from ..format.header import HEADER_BYTES, MAX_BACKING_NAME, Header
 from ..storage.file_lock import LockedError
 from ..units import parse_qemu_size
-from .common import PROGRAM, open_reason
+from .messages import PROGRAM, open_reason
 
 SAME_FILE = "{}: Error: Trying to create an image with the same filename as the backing file"
 

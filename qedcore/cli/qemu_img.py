@@ -1,55 +1,52 @@
-"""Images in formats that are neither QED nor raw: qemu-img works on them, and reaches the QED side through nbdkit.
-
-nbdkit serves one QED image with our plugin on a private Unix socket while qemu-img runs, and ends with it.
-"""
+"""qemu-img itself, for what this program does not do, and its command line."""
 
 from __future__ import annotations
 
+import argparse
 import os
-import shlex
-import shutil
+import re
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from ..errors import UnsupportedError
-from ..storage.open import is_uri
-from .common import POLICY, find_qemu_img, run_signed
+from ..errors import RequestError, UnsupportedError
+from .locate import Location
+from .messages import PROGRAM
 
-PLUGIN_VARIABLE = "QED_PLUGIN"  # environment: path of qed.py, instead of the one that came with this program
-URI = "\0uri"  # stands for the served image among the arguments of qemu-img
+QEMU_IMG_VARIABLE = "QED_QEMU_IMG"  # environment: the qemu-img for other formats, instead of the one in PATH
 
 
-def find_plugin() -> str | None:
-    """The path of the nbdkit plugin; None if it cannot be found."""
-    candidates = [
-        os.environ.get(PLUGIN_VARIABLE, ""),
-        str(Path(__file__).resolve().parents[2] / "plugin" / "qed.py"),
-        os.path.join(sys.prefix, "share", "nbdkit", "qed.py"),
-    ]
-    return next((path for path in candidates if os.path.isfile(path)), None)
+def find_qemu_img() -> str | None:
+    """The path of a qemu-img that is not this program; None without one."""
+    import shutil  # here and below, because most commands need no other program
+
+    ourselves = os.path.realpath(sys.argv[0])
+    for directory in [os.environ.get(QEMU_IMG_VARIABLE), *os.get_exec_path()]:
+        path = directory and (shutil.which("qemu-img", path=directory) or shutil.which(directory))
+        if path and os.path.realpath(path) != ourselves:
+            return path
+    return None
 
 
-def serve(image: str, arguments: Sequence[str], what: str, *, writable: bool = False, lock: bool = True) -> int:
-    """Serve the QED image at path or URI `image`, run qemu-img with `arguments`, URI among them; its exit code.
+def delegate(args: argparse.Namespace, what: str) -> int:
+    """Let qemu-img run this very command line, for `what`, which this program does not do; its exit code.
 
-    `lock`: refuse an image that is in use.  Raises UnsupportedError, naming `what` was wanted, when a program is
-    missing.
+    Raises UnsupportedError when there is no qemu-img.
     """
-    qemu_img, nbdkit, plugin = find_qemu_img(), shutil.which("nbdkit"), find_plugin()
-    if qemu_img is None or nbdkit is None or plugin is None:
-        missing = [
-            name
-            for name, found in (("qemu-img", qemu_img), ("nbdkit", nbdkit), ("the nbdkit plugin qed.py", plugin))
-            if found is None
-        ]
-        raise UnsupportedError(f"{what} needs {' and '.join(missing)}, which cannot be found")
-    # nbdkit puts the socket's URI into $uri of the command's environment
-    words = " ".join('"$uri"' if word == URI else shlex.quote(word) for word in [qemu_img, *arguments])
-    command = [nbdkit, "-U", "-", *([] if writable else ["-r"]), "python", plugin]
-    command.append(f"file={image if is_uri(image) else os.path.abspath(image)}")
-    command += [] if lock else ["lock=off"]
-    return run_signed([*command, f"backing={POLICY.follow}", f"backing-format={POLICY.format}", "--run", words])
+    program = find_qemu_img()
+    if program is None:
+        raise UnsupportedError(f"{what} needs qemu-img, which is not installed")
+    return run_signed([program, *args.argv])
+
+
+def run_signed(command: list[str]) -> int:
+    """Run qemu-img (or nbdkit with it), signing its messages with our name; its exit code."""
+    import subprocess
+
+    sys.stdout.flush()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            sys.stderr.write(re.sub(r"^qemu-img: ", f"{PROGRAM}: ", line))
+    return child.returncode
 
 
 def option_words(**options: object) -> list[str]:
@@ -61,3 +58,18 @@ def option_words(**options: object) -> list[str]:
         elif value is not None and value is not False:
             words += [f"-{letter}", str(value)]
     return words
+
+
+def foreign_size(source: Location, given: list[str], what: str) -> int:
+    """The size in bytes of the device in an image that qemu-img reads, with the options `given`."""
+    program = find_qemu_img()
+    if program is None:
+        raise UnsupportedError(f"{what} needs qemu-img, which cannot be found")
+    import json
+    import subprocess
+
+    command = [program, "info", "--output=json", *given, source.name]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise RequestError(done.stderr.strip().partition(": ")[2])
+    return int(json.loads(done.stdout)["virtual-size"])

@@ -58,7 +58,7 @@ from support.tools import scratch
 
 import qedcore
 from qedcore.backing.policy import BackingPolicy
-from qedcore.cli import main as qed
+from qedcore.cli.main import main as qed
 from qedcore.engine.chain import close_source
 from qedcore.errors import QEDError
 

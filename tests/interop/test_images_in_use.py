@@ -16,7 +16,7 @@ from support.qed_image import QedFile
 from support.server import Nbdkit, QemuNbd, StartError, disconnect, import_nbd
 from support.tools import PYTHON, REPO, Result, run
 
-from qedcore.cli import main
+from qedcore.cli.main import main
 
 Serve = Callable[..., Nbdkit]
 Qed = Callable[..., Result]
@@ -311,7 +311,7 @@ def test_the_command_frees_what_it_kills(images: Path) -> None:
     code = (
         "import os, signal, sys; from qedcore.storage.file import FileStorage\n"
         "FileStorage.flush = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from qedcore.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from qedcore.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     image = images / "plain.qed"
     result = run([PYTHON, "-c", code, "resize", image, "2M"], env={"PYTHONPATH": str(REPO)})

@@ -16,7 +16,7 @@ from support.patterns import GiB, KiB, MiB
 from support.qed_image import F_NEED_CHECK, Built, ImageSpec, QedFile, assert_sound, build, read_header
 from support.tools import PYTHON, REPO, Result, run
 
-from qedcore.cli import main
+from qedcore.cli.main import main
 
 Image = Callable[..., Built]
 CS = 64 * KiB
@@ -279,7 +279,7 @@ def test_no_space_for_copies(image: Image) -> None:
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({built.end}, {built.end}))\n"
-        "from qedcore.cli import main\n"
+        "from qedcore.cli.main import main\n"
         f"sys.exit(main(['check', '-r', 'all', {str(built.path)!r}]))\n"
     )
     result = run([PYTHON, "-c", script], cwd=REPO)

@@ -17,7 +17,7 @@ from support.qed_image import Built, ImageSpec, QedFile, assert_sound, build, pa
 from support.qemu import assert_check_clean, qemu_img, qemu_img_ok
 from support.tools import Result
 
-from qedcore.cli import main
+from qedcore.cli.main import main
 
 Run = Callable[..., Result]
 

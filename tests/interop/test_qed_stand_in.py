@@ -40,7 +40,8 @@ def test_called_qemu_img_it_is_qemu_img(tmp_path: Path) -> None:
     """Also the default format of create, which is qed otherwise."""
     program = tmp_path / "qemu-img"
     program.write_text(
-        f"#!{PYTHON}\nimport sys\nsys.path.insert(0, {str(REPO)!r})\nfrom qedcore.cli import main\nsys.exit(main())\n"
+        f"#!{PYTHON}\nimport sys\nsys.path.insert(0, {str(REPO)!r})\n"
+        "from qedcore.cli.main import main\nsys.exit(main())\n"
     )
     program.chmod(0o755)
     made = run([program, "create", "disk", "1M"], cwd=tmp_path)

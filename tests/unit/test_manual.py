@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.tools import REPO, require, run
 
-from qedcore.cli import COMMANDS, build_command_parser
+from qedcore.cli.main import COMMANDS, build_command_parser
 from qedcore.server.parameters import Parameters
 from qedcore.storage.cache_mode import CACHE_MODES
 

@@ -9,18 +9,11 @@ import time
 
 from ...errors import QEDError, RequestError, StorageError
 from ...storage.cache_mode import CACHE_MODES
-from ..common import (
-    add_shared,
-    delegate,
-    find_format,
-    find_qemu_img,
-    is_ours,
-    locate,
-    only_image,
-    open_end_point,
-    sized,
-)
 from ..images import EndPoint
+from ..locate import find_format, is_ours, locate
+from ..open import open_end_point
+from ..options import add_shared, only_image, sized
+from ..qemu_img import delegate, find_qemu_img
 
 EPILOG = """\
 Requests of one size go to the image at regular steps, -d of them at a time, and start over at its end.

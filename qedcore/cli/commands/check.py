@@ -12,20 +12,11 @@ from ...check.scan import Scan, ScanResult
 from ...errors import ImageFormatError, RequestError, StorageError, UnsupportedError
 from ...format.header import Header, read_header
 from ...storage import Storage
-from ..common import (
-    PROGRAM,
-    Location,
-    Progress,
-    add_output,
-    add_shared,
-    check_cache,
-    find_format,
-    locate,
-    notice,
-    only_image,
-    open_file,
-    open_reason,
-)
+from ..locate import Location, find_format, locate
+from ..messages import PROGRAM, notice, open_reason
+from ..open import open_file
+from ..options import add_output, add_shared, check_cache, only_image
+from ..progress import Progress
 
 EXIT_CLEAN = 0
 EXIT_NOT_COMPLETED = 1

@@ -10,21 +10,12 @@ from ...engine.image import QEDImage
 from ...engine.source import Source
 from ...errors import RequestError, StorageError
 from ...maintenance.commit import commit
-from ..common import (
-    Location,
-    Progress,
-    RateLimit,
-    add_shared,
-    backing_path,
-    check_cache,
-    delegate,
-    find_format,
-    locate,
-    notice,
-    only_image,
-    open_qed,
-    sized,
-)
+from ..locate import Location, backing_path, find_format, locate
+from ..messages import notice
+from ..open import open_qed
+from ..options import add_shared, check_cache, only_image, sized
+from ..progress import Progress, RateLimit
+from ..qemu_img import delegate
 
 EPILOG = """\
 The image is emptied afterwards, except with -d, or with -b (which implies -d).  With -b, the images between FILE and

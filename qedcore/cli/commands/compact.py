@@ -6,7 +6,11 @@ import argparse
 
 from ...errors import RequestError
 from ...maintenance.compact import compact
-from ..common import Progress, add_shared, check_cache, locate, notice, open_qed
+from ..locate import locate
+from ..messages import notice
+from ..open import open_qed
+from ..options import add_shared, check_cache
+from ..progress import Progress
 
 EPILOG = """\
 The image may be interrupted at any time without loss; the next run continues.  While it runs, the file may be

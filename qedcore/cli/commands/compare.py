@@ -9,19 +9,13 @@ from typing import Callable
 from ...errors import QEDError
 from ...format.geometry import SECTOR
 from ...units import KiB
-from ..common import (
-    Location,
-    Progress,
-    add_shared,
-    check_cache,
-    delegate,
-    find_format,
-    is_ours,
-    locate,
-    open_end_point,
-)
 from ..images import EndPoint, Run, block_status, first_nonzero
-from ..qemu_img import URI, option_words, serve
+from ..locate import Location, find_format, is_ours, locate
+from ..nbdkit import URI, serve
+from ..open import open_end_point
+from ..options import add_shared, check_cache
+from ..progress import Progress
+from ..qemu_img import delegate, option_words
 
 EPILOG = """\
 exit codes: 0 the images are identical, 1 they differ, 2 an image cannot be opened, 3 its tables cannot be read,

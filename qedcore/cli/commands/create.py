@@ -11,19 +11,12 @@ from ...backing.probe import probe
 from ...errors import QEDError, RequestError, StorageError, UnsupportedError
 from ...format.geometry import SECTOR, round_up
 from ...storage.file import FileStorage
-from ..common import (
-    PROGRAM,
-    Location,
-    add_shared,
-    backing_path,
-    delegate,
-    find_qemu_img,
-    locate,
-    open_qed,
-    open_reason,
-    sized,
-)
 from ..creation import SAME_FILE, SIZES, Options, make, print_options
+from ..locate import Location, backing_path, locate
+from ..messages import PROGRAM, open_reason
+from ..open import open_qed
+from ..options import add_shared, sized
+from ..qemu_img import delegate, find_qemu_img
 
 DEFAULT_FORMAT = "raw" if PROGRAM == "qemu-img" else "qed"  # who calls it qemu-img expects qemu-img's
 EPILOG = """\

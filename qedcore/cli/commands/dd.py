@@ -9,9 +9,13 @@ import sys
 from ...errors import RequestError, StorageError, UnsupportedError
 from ...format.create import replacing
 from ...format.geometry import SECTOR, round_up
-from ..common import PROGRAM, Location, add_shared, delegate, find_format, locate, open_end_point, sized
 from ..creation import Options, make
 from ..images import BUFFER, EndPoint
+from ..locate import Location, find_format, locate
+from ..messages import PROGRAM
+from ..open import open_end_point
+from ..options import add_shared, sized
+from ..qemu_img import delegate
 
 EPILOG = f"""\
 Operands are if=FILE and of=TARGET, and bs=SIZE (512), count=BLOCKS and skip=BLOCKS.  Blocks are counted from the

@@ -19,7 +19,9 @@ from ...format.header import (
 from ...format.table import TableIO
 from ...storage import Storage
 from ...units import MiB
-from ..common import add_output, add_shared, locate, only_image, open_file
+from ..locate import locate
+from ..open import open_file
+from ..options import add_output, add_shared, only_image
 
 EPILOG = """\
 Without options, the header.  Tables list every entry that is not 0: its index, its value, and what that is.

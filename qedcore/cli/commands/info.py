@@ -14,19 +14,10 @@ from ...format.geometry import SECTOR, round_up
 from ...format.header import FEATURE_NAMES, FEATURE_NO_PROBE, read_header
 from ...storage.open import is_uri
 from ...units import format_size
-from ..common import (
-    Location,
-    add_output,
-    add_shared,
-    delegate,
-    find_format,
-    find_qemu_img,
-    is_ours,
-    locate,
-    look,
-    only_image,
-    open_qed,
-)
+from ..locate import Location, find_format, is_ours, locate, look
+from ..open import open_qed
+from ..options import add_output, add_shared, only_image
+from ..qemu_img import delegate, find_qemu_img
 
 EPILOG = """\
 --verbose adds what qemu-img does not tell: table_size, features, and how many clusters of the file are in use (for

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 
 from ...errors import CorruptImageError, RequestError
-from ..common import add_output, add_shared, delegate, find_format, is_ours, locate, only_image, open_end_point, sized
 from ..images import Run, runs
+from ..locate import find_format, is_ours, locate
+from ..open import open_end_point
+from ..options import add_output, add_shared, only_image, sized
+from ..qemu_img import delegate
 
 EPILOG = """\
 The human format lists data only.  In the JSON format, depth counts backing files from 0, the image itself; present

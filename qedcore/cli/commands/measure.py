@@ -7,10 +7,13 @@ import json
 
 from ...errors import CorruptImageError, RequestError
 from ...format.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, round_up
-from ..common import add_output, add_shared, delegate, find_format, is_ours, locate, open_end_point, sized
 from ..creation import Options, check_geometry
 from ..images import EndPoint, runs
-from ..qemu_img import URI, option_words, serve
+from ..locate import find_format, is_ours, locate
+from ..nbdkit import URI, serve
+from ..open import open_end_point
+from ..options import add_output, add_shared, sized
+from ..qemu_img import delegate, option_words
 
 EPILOG = """\
 "required" is enough for the data that the image has now, "fully allocated" for every byte of the device.

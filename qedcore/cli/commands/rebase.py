@@ -12,20 +12,12 @@ from ...errors import QEDError, RequestError, UnsupportedError
 from ...maintenance.rebase import LoopError, change_name, open_base, rebase
 from ...storage.file_lock import LockedError
 from ...storage.open import open_file
-from ..common import (
-    POLICY,
-    Location,
-    Progress,
-    add_shared,
-    check_cache,
-    delegate,
-    find_format,
-    locate,
-    notice,
-    only_image,
-    open_qed,
-    open_reason,
-)
+from ..locate import Location, find_format, locate
+from ..messages import notice, open_reason
+from ..open import POLICY, open_qed
+from ..options import add_shared, check_cache, only_image
+from ..progress import Progress
+from ..qemu_img import delegate
 
 EPILOG = """\
 The guest's data stay the same: what the new backing file has differently is copied into the image first.

@@ -6,7 +6,10 @@ import argparse
 from typing import Any
 
 from ...errors import RequestError
-from ..common import add_shared, delegate, find_format, locate, open_qed
+from ..locate import find_format, locate
+from ..open import open_qed
+from ..options import add_shared
+from ..qemu_img import delegate
 
 _BITMAP_ACTIONS = ("add", "remove", "clear", "enable", "disable", "merge")
 

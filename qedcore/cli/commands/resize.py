@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from ...errors import ImageFormatError, RequestError, UnsupportedError
 from ...maintenance.resize import resize
 from ...units import parse_qemu_size
-from ..common import PROGRAM, add_shared, delegate, find_format, locate, notice, open_qed
+from ..locate import find_format, locate
+from ..messages import PROGRAM, notice
+from ..open import open_qed
+from ..options import add_shared
+from ..qemu_img import delegate
 
 EPILOG = """\
 SIZE is in bytes or has a suffix k, M, G, T, P or E; +SIZE grows and -SIZE shrinks the image by that much.

@@ -13,7 +13,8 @@ from ...storage import Storage
 from ...storage.file import FileStorage
 from ...storage.open import is_uri, open_file, open_storage
 from ...units import parse_size
-from ..common import Progress, add_output, add_shared
+from ..options import add_output, add_shared
+from ..progress import Progress
 
 EPILOG = """\
 IMAGE is only read.  OUT becomes a raw file with zeros where nothing was found.  The ranges of the device are printed:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,8 @@ import pytest
 from support.patterns import GiB, KiB, MiB
 from support.qed_image import F_NEED_CHECK, Built, assert_sound, read_header
 from support.qemu import qemu_img, qemu_img_ok
+
+from qedcore.cli.main import COMMANDS, main, parse
 
 ROOT = Path(__file__).resolve().parents[3]
 Image = Callable[..., Built]
@@ -210,3 +214,51 @@ def test_closed_output(image: Image) -> None:
     os.close(write)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """Nothing is left, and the old target is untouched."""
+    with open(tmp_path / "source.raw", "wb") as file:
+        file.write(b"x" * (4 << 20))
+    (tmp_path / "target").write_bytes(b"old")
+    # One byte per second; the progress says that the copy has begun
+    argv = ["convert", "-p", "-r", "1", "-O", "qed", "source.raw", "target"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "qedcore", *argv],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert child.stdout is not None and child.stdout.read(15) == b"    (0.00/100%)"
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == code
+    assert err == (b"qed: interrupted\n" if number == signal.SIGINT else b"")
+    assert (tmp_path / "target").read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["source.raw", "target"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: qed {command} ")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(re.search(rf"^  {command} ", text, re.MULTILINE) for command in COMMANDS)
+
+
+def test_options_and_names_in_any_order() -> None:
+    args = parse(["convert", "a", "-O", "qed", "b", "-p", "c"])
+    assert (args.files, args.target_format, args.progress) == (["a", "b", "c"], "qed", True)
+    assert parse(["--debug", "info", "a"]).debug and parse(["info", "a", "--debug"]).debug
+    assert not parse(["info", "a"]).debug

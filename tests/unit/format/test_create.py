@@ -16,6 +16,7 @@ from support.qemu import qemu_img, qemu_img_ok
 
 import qedcore
 from qedcore.errors import QEDError, StorageError
+from qedcore.format.create import replacing
 
 
 def listing(directory: Path) -> dict[str, bytes]:
@@ -305,3 +306,32 @@ def test_permissions(tmp_path: Path, umask: int) -> None:
     finally:
         assert os.umask(before) == umask  # not left changed
     assert (tmp_path / "x.qed").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_replacing(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"old")
+    target.chmod(0o604)
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    with replacing(link) as temporary:
+        Path(temporary).write_bytes(b"new")
+        assert target.read_bytes() == b"old" and os.path.dirname(temporary) == str(tmp_path)
+    assert target.read_bytes() == b"new" and target.stat().st_mode & 0o777 == 0o604
+    assert link.is_symlink() and sorted(os.listdir(tmp_path)) == ["link", "target"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_replacing_nothing_when_it_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"old")
+    with pytest.raises(error), replacing(target) as temporary:
+        Path(temporary).write_bytes(b"half")
+        raise error
+    assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["target"]
+
+
+def test_replacing_only_files(tmp_path: Path) -> None:
+    for wrong in (tmp_path, "/dev/null", tmp_path / "missing" / "target"):
+        with pytest.raises(StorageError, match="cannot create"), replacing(wrong):
+            raise AssertionError

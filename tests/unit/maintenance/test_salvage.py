@@ -12,7 +12,7 @@ import pytest
 from support.patterns import KiB, MiB
 from support.qed_image import Built, Geometry, raw_reader
 
-from qedcore.cli import main
+from qedcore.cli.main import main
 from qedcore.errors import QEDError, StorageError
 from qedcore.format.geometry import Bounds
 from qedcore.format.geometry import Geometry as QedGeometry

@@ -1,0 +1,209 @@
+"""The `qed` command: what comes before the sub-command, signals, and the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..errors import QEDError
+from .messages import PROGRAM
+from .open import to_be_checked, trace
+
+COMMANDS = {
+    "create": "make an empty image",
+    "info": "describe an image",
+    "check": "check an image, and repair it",
+    "salvage": "rescue what is left of an image that cannot be repaired",
+    "resize": "change the size of an image",
+    "rebase": "put an image onto another backing file, or onto none",
+    "commit": "write what an image has into its backing file",
+    "compact": "rewrite an image in place: small, in order, without leaks",
+    "map": "show where the data of an image is",
+    "dump": "show the metadata of an image as it is, damaged or not",
+    "compare": "compare the contents of two images",
+    "convert": "copy an image into another format",
+    "dd": "copy blocks of an image into a new one",
+    "measure": "tell how large a file a conversion will make",
+    "bench": "measure how fast an image is read or written",
+    "snapshot": "list internal snapshots: QED has none",
+    "amend": "change options of an image: QED cannot",
+    "bitmap": "persistent bitmaps: QED cannot store any",
+}
+_MODULES = {
+    "snapshot": "refusals",
+    "amend": "refusals",
+    "bitmap": "refusals",
+}  # command -> module, if named otherwise
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+
+_EPILOG = f"""\
+'{PROGRAM} COMMAND --help' explains a command.  Commands, options, messages and exit codes are those of qemu-img
+where it has them; qed(1) lists the differences.
+
+examples:
+  {PROGRAM} create disk.qed 20G                        an empty image
+  {PROGRAM} create -b base.qed -F qed overlay.qed      one that keeps only what differs from base.qed
+  {PROGRAM} info --backing-chain overlay.qed           what it is, and what is under it
+  {PROGRAM} convert -p disk.qed disk.raw -O raw        out of QED (and 'convert -O qed' into it)
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line and exit code 1, as everywhere else."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_FAILURE, f"{PROGRAM}: {message}\n")
+
+
+def load(command: str) -> Any:
+    """The module of a command."""
+    return importlib.import_module(f"{__package__}.commands.{_MODULES.get(command, command)}")
+
+
+def build_parser() -> Parser:
+    """The parser of what comes before the command."""
+    parser = Parser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} [--debug] [-V] [-T EVENTS] COMMAND [OPTION...] [FILE...]",
+        description="Work with QED (QEMU Enhanced Disk) images.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--debug", action="store_true", help="show a traceback with errors")
+    parser.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument(
+        "-T", "--trace", metavar="EVENTS", help="print trace events (names, or all) on standard error"
+    )
+    return parser
+
+
+def build_command_parser(command: str) -> Parser:
+    module = load(command)
+    epilog = getattr(module, "EPILOG", None)
+    parser = Parser(prog=f"{PROGRAM} {command}", description=COMMANDS[command], epilog=epilog)
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.set_defaults(command=command)
+    module.add_arguments(parser)
+    return parser
+
+
+def _print_help() -> None:
+    parser = build_parser()
+    group = parser.add_argument_group("commands")
+    for name, about in COMMANDS.items():
+        group.add_argument(name, nargs="?", help=about)
+    parser.print_help()
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """All arguments; args.module is the command's module, args.argv all words from the command on."""
+    at = 0
+    while at < len(argv) and argv[at].startswith("-"):
+        at += 2 if argv[at] in ("-T", "--trace") else 1
+    if any(word in ("-h", "--help") for word in argv[:at]):
+        _print_help()
+        sys.exit(EXIT_OK)
+    parser = build_parser()
+    args = parser.parse_args(argv[:at])
+    if at >= len(argv):
+        parser.error(f"Not enough arguments: which command? One of {', '.join(COMMANDS)}")
+    command = argv[at]
+    if command not in COMMANDS:
+        parser.error(f"Command not found: {command}")
+    args.argv = list(argv[at:])
+    args.module = load(command)
+    split = getattr(args.module, "split", list)
+    return build_command_parser(command).parse_intermixed_args(split(argv[at + 1 :]), args)
+
+
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP has come: an exception, so that temporary files are removed.  `code` is the exit code."""
+
+
+_FATAL = (signal.SIGTERM, signal.SIGHUP)
+_AFTER_SIGNAL = 128  # and its number: the exit code, as a shell has it
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    raise Terminated(_AFTER_SIGNAL + number)
+
+
+def _broken_pipe() -> int:
+    """Who read our output has enough; nothing may be printed at exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _ended_by(signal.SIGPIPE)
+
+
+def _ended_by(number: int) -> int:
+    """The exit code; a line says so if an image has to be checked now."""
+    path = to_be_checked()
+    with suppress(OSError):  # there may be no terminal any more
+        if path is not None:
+            text = f"interrupted; {path} is whole, and will be checked when it is next written to"
+            print(f"{PROGRAM}: {text}", file=sys.stderr)
+        elif number == signal.SIGINT:
+            print(f"{PROGRAM}: interrupted", file=sys.stderr)
+    return _AFTER_SIGNAL + number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; its exit code.  Standard output has been flushed then."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
+    try:
+        try:
+            args = parse(sys.argv[1:] if argv is None else argv)
+        except SystemExit:
+            sys.stdout.flush()  # of help: an error if nobody gets it
+            raise
+    except BrokenPipeError:
+        return _broken_pipe()
+    except (QEDError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    failure = getattr(args.module, "FAILURE", EXIT_FAILURE)
+    before = {number: signal.getsignal(number) for number in (*_FATAL, signal.SIGINT)}
+    interrupt = before[signal.SIGINT]
+    try:
+        for number in _FATAL:
+            if before[number] is signal.SIG_DFL:  # nohup has SIGHUP ignored
+                signal.signal(number, _terminate)
+        if interrupt is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        gc.freeze()
+        gc.enable()
+        if args.trace:
+            trace(args.trace)
+        code = args.module.run(args)
+        sys.stdout.flush()
+        return int(code)
+    except BrokenPipeError:
+        return _broken_pipe()
+    except (QEDError, OSError, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGINT, interrupt)
+        if args.debug:
+            raise
+        with suppress(OSError):  # perhaps it is what has failed
+            sys.stdout.flush()
+        if isinstance(error, KeyboardInterrupt):
+            return _ended_by(signal.SIGINT)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return int(getattr(error, "exit_code", failure))
+    except Terminated as signalled:
+        return _ended_by(signalled.args[0] - _AFTER_SIGNAL)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

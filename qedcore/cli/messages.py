@@ -1,0 +1,38 @@
+"""Messages of the command, in qemu-img's words where it has them."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+from ..errors import QEDError
+
+# Under the name of the program that it stands in for, it also signs its messages as that one.
+PROGRAM = "qemu-img" if os.path.basename(sys.argv[0]) == "qemu-img" else "qed"
+
+# Beginnings of the engine's messages (pattern) and what qemu-img says: the same without the values.
+_REASONS = (
+    (r"image not in QED format", "Image not in QED format"),
+    (r"unsupported QED features: ([0-9a-f]+)", r"Unsupported QED features: \1"),
+    (r"(QED [a-z0-9 ]+ is (?:invalid|too large))", r"\1"),
+    (r"backing filename of [0-9]+ bytes is too long", "Failed to read backing filename"),
+    (r"cannot open (.*): not a file or block device", r"'file' driver requires '\1' to be a regular file"),
+    (r"(Failed to .*)\. (Is another process using the image \[.*\]\?)", r"\1\n\2"),
+    (r"cannot open (.*): (.*)", r"Could not open '\1': \2"),
+)
+
+
+def open_reason(error: QEDError, path: str = "") -> str:
+    """What qemu-img says of an error while opening the file at `path`, whose name the engine may put first."""
+    text = re.sub(r"^.*?: its backing file: ", "", str(error), count=1, flags=re.DOTALL).removeprefix(f"{path}: ")
+    for pattern, words in _REASONS:
+        match = re.match(pattern, text, re.DOTALL)
+        if match is not None:
+            return match.expand(words)
+    return text
+
+
+def notice(line: str) -> None:
+    """Say on standard error what was done besides the task, such as a repair; for open_image's `log`."""
+    print(f"{PROGRAM}: {line}", file=sys.stderr)
