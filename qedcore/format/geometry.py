@@ -32,6 +32,22 @@ MAX_PART_SIZE = 1 * MiB
 UNALLOCATED = 0  # table entry: nothing here
 ZERO_CLUSTER = 1  # L2 entry: reads as zeros
 
+# The low 12 bits of an entry are reserved, and 0 in every offset.  An entry that pointed past the end of the file
+# must never come true when the file grows: these low bits make it invalid for good, for QEMU too.  Eight of them are
+# set, so that damage to a bit or a few of a valid entry cannot be taken for the mark, nor the mark for such damage.
+RESERVED_BITS = 0xFFF
+DANGLING = 0xBAD
+
+
+def mark_dangling(entry: int) -> int:
+    """The table entry `entry`, a multiple of the cluster size, made invalid for good."""
+    return entry & ~RESERVED_BITS | DANGLING
+
+
+def is_marked(entry: int) -> bool:
+    """The table entry was made invalid for good: no cluster of the file is what it refers to."""
+    return entry & RESERVED_BITS == DANGLING
+
 
 def round_up(n: int, unit: int) -> int:
     return (n + unit - 1) // unit * unit

@@ -8,7 +8,15 @@ import pytest
 from support.patterns import GiB, KiB, MiB, TiB
 
 from qedcore.errors import ImageFormatError, QEDError
-from qedcore.format.geometry import MAX_DEVICE_SIZE, Bounds, Geometry, check_device_size, round_up
+from qedcore.format.geometry import (
+    MAX_DEVICE_SIZE,
+    Bounds,
+    Geometry,
+    check_device_size,
+    is_marked,
+    mark_dangling,
+    round_up,
+)
 
 PiB, EiB = 1 << 50, 1 << 60
 ALL = [(4 * KiB << i, 1 << j) for i in range(15) for j in range(5)]
@@ -173,3 +181,21 @@ def test_valid_offsets() -> None:
 def test_nothing_is_valid_in_a_short_file(size: int) -> None:
     bounds = Bounds(Geometry(CS, 4), 1, size)
     assert not any(bounds.valid_table(n * CS) for n in range(8))
+
+
+@pytest.mark.parametrize("shape", SOME)
+def test_the_mark_of_entries_that_are_invalid_for_good(shape: tuple[int, int]) -> None:
+    geo = Geometry(*shape)
+    bounds = Bounds(geo, 1, 1000 * geo.table_bytes)
+    for entry in (geo.cluster_size, 2 * geo.table_bytes, 1 << 62):
+        marked = mark_dangling(entry)
+        assert is_marked(marked) and mark_dangling(marked) == marked
+        assert geo.start_of_cluster(marked) == entry
+        assert not bounds.valid_cluster(marked) and not bounds.valid_table(marked)
+        # One or two wrong bits make neither a mark of an entry, nor an entry or an older version's mark of a mark.
+        for first in range(64):
+            for second in range(64):
+                damaged = {1 << first, 1 << second}
+                assert not is_marked(entry ^ sum(damaged)) and not is_marked(entry ^ sum(damaged) | 1)
+                assert (marked ^ sum(damaged)) & 0xFFF not in (0, 1)
+    assert not is_marked(0) and not is_marked(1)
