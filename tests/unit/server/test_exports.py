@@ -14,7 +14,7 @@ import pytest
 from support.qed_image import ImageSpec, build, patch_header
 
 from qedcore.engine.image import QEDImage
-from qedcore.errors import QEDError, RequestError, StorageError
+from qedcore.errors import QEDError, StorageError
 from qedcore.format.geometry import Geometry
 from qedcore.server.exports import ImageDirectory, make_exports
 from qedcore.server.parameters import Parameters
@@ -343,19 +343,6 @@ def test_one_image_stays_open_between_clients(tmp_path: Path, world: World) -> N
     exports.close_all()
     assert world.open_now == {"x": 0}
     exports.close_all()
-
-
-@pytest.mark.parametrize("value", ["true", "1", "yes", "On", "FALSE", "0", "off", "n"])
-def test_booleans(value: str) -> None:
-    parameters = Parameters(print, print)
-    for name, text in (("file", "x"), ("create", value)):
-        parameters.take(name, text)
-    if value in ("FALSE", "0", "off", "n"):
-        parameters.complete()
-        assert parameters.new is None
-    else:
-        with pytest.raises(RequestError, match="size="):
-            parameters.complete()
 
 
 def test_who_creates_second_serves_the_first_ones_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
