@@ -11,11 +11,12 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType, ModuleType
+from contextlib import contextmanager, nullcontext
+from types import CodeType, ModuleType
 from typing import Any
 
 import pytest
+from support.bytecodes import before_each, stop
 
 _ENGINE = "/qedcore/"  # in the path of each of its modules
 
@@ -53,36 +54,30 @@ class Scheduler:
     def run(self, jobs: Sequence[Callable[[], None]]) -> None:
         """Returns when all have ended; raises the first error.  Jobs that wait for ever are left behind."""
         self._tasks = [_Task(job) for job in jobs]
-        for task in self._tasks:
-            threading.Thread(target=self._run_task, args=(task,), daemon=True).start()
+        threads = [threading.Thread(target=self._run_task, args=(task,), daemon=True) for task in self._tasks]
+        for thread in threads:
+            thread.start()
         self._pass_on()
         self._finished.acquire()
         self._current = None
+        for thread in threads:
+            stop(thread.ident or 0)
         if self._errors:
             raise self._errors[0]
 
     def _run_task(self, task: _Task) -> None:
         task.turn.acquire()
         try:
-            if self._share:
-                sys.settrace(self._trace)
-            task.work()
+            with before_each(_ENGINE, self._maybe_pause) if self._share else nullcontext():
+                task.work()
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             self._errors.append(error)
-        finally:
-            sys.settrace(None)
         task.over = True
         self._pass_on()
 
-    def _trace(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event == "call":
-            if _ENGINE not in frame.f_code.co_filename:
-                return None
-            frame.f_trace_lines = False
-            frame.f_trace_opcodes = True
-        elif event == "opcode" and self._rng.random() < self._share:
+    def _maybe_pause(self, code: CodeType, position: int) -> None:
+        if self._rng.random() < self._share:
             self.pause()
-        return self._trace
 
     def _pass_on(self) -> None:
         """Let somebody who can go on do so."""

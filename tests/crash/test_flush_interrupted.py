@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dis
 import random
-import sys
-from types import FrameType
-from typing import Any
+from types import CodeType
 
 import pytest
 from crash.schedule import Scheduler
+from support.bytecodes import before_each
 
 from qedcore.errors import StorageError
 from qedcore.storage import flush
@@ -26,23 +25,14 @@ class Interrupter:
     def __init__(self, n: int) -> None:
         self.left = n
         self._last = ""
+        self._code: CodeType | None = None
 
-    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        code = frame.f_code
-        if code.co_filename != flush.__file__:
-            return None
-        if event == "call":
-            frame.f_trace_lines = False
-            frame.f_trace_opcodes = True
-            self._last = "RESUME"
-        elif event == "opcode":
-            if self._last.startswith(("CALL", "RESUME")):
-                self.left -= 1
-                if not self.left:
-                    sys.settrace(None)
-                    raise Interrupt
-            self._last = dis.opname[code.co_code[frame.f_lasti]]
-        return self
+    def __call__(self, code: CodeType, position: int) -> None:
+        if self.left and (self._last.startswith(("CALL", "RESUME")) or code is not self._code):
+            self.left -= 1
+            if not self.left:
+                raise Interrupt
+        self._code, self._last = code, dis.opname[code.co_code[position]]
 
 
 class Run:
@@ -78,13 +68,11 @@ class Run:
         assert not self._fails or min(self._succeeded) < self._fails or started >= self._fails
 
     def _interrupted(self) -> None:
-        sys.settrace(self.interrupter)
         try:
-            self._flush()
+            with before_each(flush.__file__, self.interrupter):
+                self._flush()
         except Interrupt:
             pass
-        finally:
-            sys.settrace(None)
 
 
 @pytest.mark.parametrize("fails", [0, 1, 2])
