@@ -166,18 +166,12 @@ class QEDImage:
             self._log(f"{self.storage.name}: damaged: freed clusters may be shared and are not used again: check it")
         return not shared
 
-    @contextmanager
-    def maintenance(self) -> Iterator[Metadata]:
-        """A dirty period in which the caller changes metadata by itself; no other request may be in flight.
-
-        NEED_CHECK is durable before and stays after an error, so that the next writable open repairs; but not for
-        damage that was there before (CorruptImageError): that repair drops what might still be salvaged.  After any
-        other error nobody knows where things are: there are no more requests in this opening.
-        """
+    def metadata(self) -> Metadata:
+        """What maintenance changes, to look at it first."""
         self._check_open()
         if self._gate is None or not isinstance(self._requests, WritableRequests):
             raise ReadOnlyError(f"{self.storage.name} was opened read-only")
-        metadata = Metadata(
+        return Metadata(
             self.storage,
             self.geometry,
             self._bounds,
@@ -188,6 +182,19 @@ class QEDImage:
             self._allocator,
             self._log,
         )
+
+    @contextmanager
+    def maintenance(self) -> Iterator[Metadata]:
+        """A dirty period in which the caller changes metadata by itself; no other request may be in flight.
+
+        NEED_CHECK is durable before and stays after an error, so that the next writable open repairs; but not for
+        damage that was there before (CorruptImageError): that repair drops what might still be salvaged.  After any
+        other error nobody knows where things are: there are no more requests in this opening.
+        """
+        self._check_open()
+        if self._gate is None:
+            raise ReadOnlyError(f"{self.storage.name} was opened read-only")
+        metadata = self.metadata()
         with self._gate:
             self.storage.flush()  # what requests have unlinked may be overwritten from here on
             try:

@@ -1,239 +1,41 @@
 """Moving clusters: pack() fills the holes of a file from its end; compact() also puts everything in guest order.
 
-A unit is what moves: the L1 table, an L2 table (table_size clusters each), or a data cluster.  A slot is a cluster
-of the file, by its number.
+Units and slots are those of layout.py, and move.py moves them.
 
     before    | header | B |   | L1 | A | leak | L2 | C |
     pack      | header | B | C | L1 | A | L2 |
     compact   | header | L1 | L2 | A | B | C |
 
-I1. A unit is copied to free slots and made durable there, then linked there and that made durable, and only then
-    are its old slots free.  So whenever a crash comes, every link leads to a whole copy.
-I2. NEED_CHECK is set meanwhile (QEDImage.maintenance).  A crash leaves leaks at most, and the next run continues.
-I3. The extra space in the file is at most one window and one copy of the L2 tables.
+I1. NEED_CHECK is set meanwhile (QEDImage.maintenance).  A crash leaves leaks at most, and the next run continues.
+I2. Space is given back before any is needed: first the free tail, then, where holes can be punched, all leaks, and
+    with each window what it has left.
+I3. The extra space in the file is at most one window and one copy of the L2 tables.  With less, windows get smaller.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
-from typing import Callable, NamedTuple
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Callable
 
 from ..engine.image import Metadata, QEDImage
 from ..errors import CorruptImageError
 from ..format.geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER
-from ..format.table import Table, empty
+from ..format.table import Table, empty, next_data, table_parts
 from ..units import MiB
+from .layout import FREE, Layout, is_table
+from .move import COPY_STEP, Move, Mover, NoSpaceError
 
 WINDOW = 32 * MiB  # bytes rewritten between flushes: enough for them not to matter
-COPY_STEP = 1 * MiB  # bytes copied with one read and one write; larger buffers cost more in page faults
-TIDY_BYTES = 256 * MiB  # moved at most when an image is closed: a second or two
-TIDY_CLUSTERS = 1 << 20  # of a file whose layout is looked at for that
-_CHUNK_BITS = 10  # slots per chunk of a SlotMap: 8 KiB each
-
-FREE = 0
-L1_TABLE = 1  # the L1 table's unit number; L2 tables have even ones, data clusters odd ones
-
-
-def l2_unit(index: int) -> int:
-    """The unit number of the L2 table of an L1 entry."""
-    return 2 * index + 2
-
-
-def data_unit(cluster: int) -> int:
-    """The unit number of a guest cluster's data."""
-    return 2 * cluster + 3
-
-
-def is_table(unit: int) -> bool:
-    return unit == L1_TABLE or (unit != FREE and unit % 2 == 0)
-
-
-class SlotMap:
-    """Which unit is in each slot, taking memory only where there are units."""
-
-    def __init__(self) -> None:
-        self._chunks: dict[int, Table] = {}
-
-    def __getitem__(self, slot: int) -> int:
-        chunk = self._chunks.get(slot >> _CHUNK_BITS)
-        return chunk[slot & ((1 << _CHUNK_BITS) - 1)] if chunk is not None else FREE
-
-    def put(self, slot: int, n: int, unit: int) -> None:
-        """`unit`, or FREE, is in the n slots from `slot` on."""
-        for at in range(slot, slot + n):
-            chunk = self._chunks.get(at >> _CHUNK_BITS)
-            if chunk is None:
-                chunk = self._chunks[at >> _CHUNK_BITS] = empty(1 << _CHUNK_BITS)
-            chunk[at & ((1 << _CHUNK_BITS) - 1)] = unit
-
-    def items(self, first: int) -> Iterator[tuple[int, int]]:
-        """(slot, unit) of the slots in use from `first` on, in order."""
-        for number in sorted(self._chunks):
-            for slot, unit in enumerate(self._chunks[number], number << _CHUNK_BITS):
-                if unit != FREE and slot >= first:
-                    yield slot, unit
-
-
-class Move(NamedTuple):
-    """One unit's way; slots."""
-
-    unit: int
-    source: int
-    target: int
-
-
-class Layout:
-    """Where every unit of a sound image is.  Raises CorruptImageError if the image is damaged, and StorageError."""
-
-    def __init__(self, metadata: Metadata) -> None:
-        self._tables = metadata.tables
-        self._geometry = geo = metadata.geometry
-        self._bounds = metadata.bounds
-        self.first = max(1, metadata.bounds.start >> geo.l2_shift)  # slot: the first after the header area
-        self.used = self.first  # slots in use, with the header area: the length of a dense file
-        self.units = SlotMap()
-        self.l2_offsets: dict[int, int] = {}  # L1 index -> bytes
-        self._place(L1_TABLE, metadata.header.header.l1_table_offset)
-        for base, l1 in self._parts(lambda: metadata.header.header.l1_table_offset):
-            for index, offset in enumerate(l1, base):
-                if offset:
-                    self._place(l2_unit(index), offset)
-                    self.l2_offsets[index] = offset
-        for index in self.l2_offsets:
-            for unit, offset in self.data_units(index):
-                self._place(unit, offset)
-
-    def size_of(self, unit: int) -> int:
-        """Slots."""
-        return self._geometry.table_size if is_table(unit) else 1
-
-    def data_units(self, index: int) -> Iterator[tuple[int, int]]:
-        """(unit, file offset) of the data clusters of one L2 table, in guest order.
-
-        The table may move meanwhile; the offsets are then those from before.
-        """
-        first = index * self._geometry.table_entries
-        for base, table in self._parts(lambda: self.l2_offsets[index]):
-            for cluster, entry in enumerate(table, first + base):
-                if entry > ZERO_CLUSTER:
-                    yield data_unit(cluster), entry
-
-    def in_order(self) -> Iterator[int]:
-        """All units, in the order of a compact file."""
-        yield L1_TABLE
-        for index in sorted(self.l2_offsets):
-            yield l2_unit(index)
-            for unit, _ in self.data_units(index):
-                yield unit
-
-    def _parts(self, offset: Callable[[], int]) -> Iterator[tuple[int, Table]]:
-        """(index of the first entry, part) of the parts of a table that are not empty."""
-        geo = self._geometry
-        for base in range(0, geo.table_entries, geo.part_entries):
-            table = self._tables.read(offset() + base * ENTRY, geo.part_entries)
-            if table.count(UNALLOCATED) != len(table):
-                yield base, table
-
-    def _place(self, unit: int, offset: int) -> None:
-        n = self.size_of(unit)
-        slot = offset >> self._geometry.l2_shift
-        valid = self._bounds.valid_table(offset) if is_table(unit) else self._bounds.valid_cluster(offset)
-        if not valid or any(self.units[at] != FREE for at in range(slot, slot + n)):
-            found = "refers twice to clusters" if valid else "has an invalid entry for clusters"
-            raise CorruptImageError(f"damaged image: it {found} at {offset:#x}: repair it first (check -r all)")
-        self.units.put(slot, n, unit)
-        self.used += n
-
-
-class Mover:
-    """Moves units (I1); `layout` follows."""
-
-    def __init__(self, metadata: Metadata, layout: Layout) -> None:
-        self._metadata = metadata
-        self._storage = metadata.storage
-        self._shift = metadata.geometry.l2_shift
-        self._entries = metadata.geometry.table_entries
-        self.layout = layout
-
-    def move(self, moves: list[Move]) -> None:
-        """Move units to free slots.  Tables first: links are written to where a table is."""
-        for batch in (
-            [move for move in moves if move.unit == L1_TABLE],
-            [move for move in moves if move.unit != L1_TABLE and is_table(move.unit)],
-            [move for move in moves if not is_table(move.unit)],
-        ):
-            if batch:
-                self._move(batch)
-
-    def _move(self, batch: list[Move]) -> None:
-        n = self.layout.size_of(batch[0].unit)
-        self._copy(batch, n)
-        self._storage.flush()  # the copies, before anything leads to them
-        self._link(batch)
-        self._storage.flush()  # the links: from here on nothing leads to the old places
-        for move in batch:
-            self.layout.units.put(move.source, n, FREE)
-            self.layout.units.put(move.target, n, move.unit)
-            if move.unit != L1_TABLE and is_table(move.unit):
-                self.layout.l2_offsets[move.unit // 2 - 1] = move.target << self._shift
-
-    def _copy(self, batch: list[Move], n: int) -> None:
-        """Copy units of n slots; those that stay side by side go together."""
-        runs: list[list[int]] = []  # source, target, length: slots
-        for _, source, target in sorted(batch, key=lambda move: move.source):
-            if runs and (source, target) == (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]):
-                runs[-1][2] += n
-            else:
-                runs.append([source, target, n])
-        for run in runs:
-            source, target, length = (slots << self._shift for slots in run)
-            for done in range(0, length, COPY_STEP):
-                data = bytearray(min(COPY_STEP, length - done))
-                self._storage.pread_into(data, source + done)
-                self._storage.pwrite(data, target + done)
-
-    def _link(self, batch: list[Move]) -> None:
-        if batch[0].unit == L1_TABLE:
-            self._metadata.header.set_l1_table_offset(batch[0].target << self._shift)
-            return
-        sectors: dict[int, Table] = {}
-        for move in batch:
-            at = self._entry_of(move.unit)
-            sector = self._sector(at, sectors)
-            sector[at % SECTOR // ENTRY] = move.target << self._shift
-        for offset in sorted(sectors):
-            self._metadata.tables.write_all(offset, sectors[offset])
-
-    def find(self, units: Iterable[int]) -> Iterator[tuple[int, int]]:
-        """(unit, slot) for each of `units`."""
-        sectors: dict[int, Table] = {}
-        for unit in units:
-            if unit == L1_TABLE:
-                yield unit, self._metadata.header.header.l1_table_offset >> self._shift
-            else:
-                at = self._entry_of(unit)
-                yield unit, self._sector(at, sectors)[at % SECTOR // ENTRY] >> self._shift
-
-    def _entry_of(self, unit: int) -> int:
-        """File offset (bytes) of the entry that leads to a unit, not the L1 table."""
-        if is_table(unit):
-            return self._metadata.header.header.l1_table_offset + (unit // 2 - 1) * ENTRY
-        index, entry = divmod((unit - 3) // 2, self._entries)
-        return self.layout.l2_offsets[index] + entry * ENTRY
-
-    def _sector(self, at: int, sectors: dict[int, Table]) -> Table:
-        """The sector of a table with the entry at file offset `at`, read once."""
-        offset = at - at % SECTOR
-        if offset not in sectors:
-            sectors[offset] = self._metadata.tables.read(offset, SECTOR // ENTRY)
-        return sectors[offset]
 
 
 class Arrangement:
     """Decides what goes where, in windows of some slots."""
 
-    def __init__(self, metadata: Metadata, layout: Layout, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, metadata: Metadata, layout: Layout, progress: Callable[[int], None] = lambda done: None
+    ) -> None:
         self._metadata = metadata
         self._layout = layout
         self._units = layout.units
@@ -242,6 +44,7 @@ class Arrangement:
         self._window = max(1, WINDOW >> metadata.geometry.l2_shift)  # slots
         self._next = layout.used  # slot: from here on, free runs are sought
         self._below = layout.used  # slot: below here, room for tables is sought (pack)
+        self._done = 0  # bytes of the file that are in order
 
     def _free_run(self, n: int) -> int:
         """n free slots in a row, past the end of the dense file; each is given out once."""
@@ -254,17 +57,48 @@ class Arrangement:
     def cut(self) -> None:
         """Give back what follows the last unit.  All links are durable and nothing leads there any more."""
         metadata = self._metadata
-        end = self._layout.used << metadata.geometry.l2_shift
+        end = self._layout.end() << metadata.geometry.l2_shift
         metadata.storage.truncate(end)
         metadata.bounds.end = end
         if metadata.allocator is not None:
             metadata.allocator.restart()
         metadata.storage.flush()
 
+    def give_back(self) -> None:
+        """Give back the space of all that is free.  It stays in the file, but for the tail, until something moves."""
+        self.cut()
+        for slot, n in self._layout.free_runs():
+            if not self._mover.punch(slot, n):
+                break  # nor the others
+
+    def _with_less_space(self, work: Callable[[], None]) -> None:
+        """Do `work`, again with smaller windows while there is no space for these.  Raises NoSpaceError."""
+        while True:
+            try:
+                work()
+                return
+            except NoSpaceError:
+                self.give_back()
+                if self._window == 1:
+                    raise
+                self._window //= 2
+
     # -- compact -----------------------------------------------------------------------------------------------
 
     def compact(self) -> None:
-        """Put all units in order: clear each window of the file, then fill it."""
+        """Put all units in order: clear each window of the file, then fill it.
+
+        Raises NoSpaceError: then the file is sound, as small as it can get, and not in order.
+        """
+        self.give_back()
+        try:
+            self._with_less_space(self._compact)
+        except NoSpaceError:
+            with suppress(NoSpaceError):
+                self.pack()
+            raise
+
+    def _compact(self) -> None:
         layout = self._layout
         spare_end = layout.used + self._window
         # Free slots for what is in the way, to be taken from the end: first past the dense file, then high holes.
@@ -280,7 +114,8 @@ class Arrangement:
             for unit, source, _ in away + fill:
                 spare.extend(range(max(source, end), source + layout.size_of(unit)))
             start = end
-            self._progress(end << self._metadata.geometry.l2_shift)
+            self._done = max(self._done, end << self._metadata.geometry.l2_shift)  # perhaps it is done again
+            self._progress(self._done)
 
     def _windows(self, slot: int) -> Iterator[dict[int, int]]:
         """Unit -> slot where it belongs, for one window after the other from `slot` on."""
@@ -319,25 +154,40 @@ class Arrangement:
 
     # -- pack --------------------------------------------------------------------------------------------------
 
-    def pack(self) -> None:
-        """Move what lies past the end of a dense file into the holes before it."""
+    def pack(self, *, tables: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
+        """Move what lies past the end of a dense file into the holes before it, from the end on.
+
+        With `tables`, where these lie too close to each other for one to fit, everything is put in order.  `stop` is
+        asked between windows whether to leave the rest.  Raises NoSpaceError: the rest is where it was.
+        """
+        self.cut()
+        self._with_less_space(lambda: self._pack(tables, stop))
+
+    def _pack(self, tables: bool, stop: Callable[[], bool]) -> None:
         layout = self._layout
-        stray = [unit for slot, unit in self._units.items(layout.used) if is_table(unit)]
-        for unit, slot in list(self._mover.find(dict.fromkeys(stray))):
-            target = self._room_for_table()
-            if target is None:  # tables lie too close to each other: start from a clean slate
-                self.compact()
+        self._next = self._below = layout.used
+        n = self._metadata.geometry.table_size
+        rooms = [
+            slot + at
+            for slot, free in layout.free_runs()
+            for at in range(0, min(free, layout.used - slot) - n + 1, n)
+        ]
+        stray = dict.fromkeys(unit for _, unit in layout.strays() if is_table(unit))
+        for unit, slot in list(self._mover.find(stray)):
+            if stop():
                 return
-            self._mover.move([Move(unit, slot, target)])
+            target = rooms.pop() if rooms else self._room_for_table()
+            if target is not None:
+                self._mover.move([Move(unit, slot, target)])
+            elif tables:  # start from a clean slate
+                self._compact()
+                return
+        data = [(slot, unit) for slot, unit in layout.strays() if not is_table(unit)]
         holes = (slot for slot in range(layout.first, layout.used) if self._units[slot] == FREE)
-        moves: list[Move] = []
-        # A list: the map changes with each batch.
-        for slot, unit in list(self._units.items(layout.used)):
-            moves.append(Move(unit, slot, next(holes)))
-            if len(moves) == self._window:
-                self._mover.move(moves)
-                moves = []
-        self._mover.move(moves)
+        while data and not stop():
+            last = data[-self._window :]
+            del data[-self._window :]
+            self._mover.move([Move(unit, slot, next(holes)) for slot, unit in last])
 
     def _room_for_table(self) -> int | None:
         """A run of slots before the end of a dense file, whose data was moved away; None where tables prevent it."""
@@ -380,11 +230,10 @@ def _clear_entries(metadata: Metadata, offset: int, first: int, only_look: bool)
     """Clear the entries of the table at `offset` from number `first` on, or `only_look`; True if there were any."""
     geo = metadata.geometry
     found = False
-    for base in range(0, geo.table_entries, geo.part_entries):
+    for base, table in table_parts(metadata.storage, geo, offset):
         start = max(first - base, 0)
         if start >= geo.part_entries:
             continue
-        table = metadata.tables.read(offset + base * ENTRY, geo.part_entries)
         rest = table[start:]
         if rest.count(UNALLOCATED) != len(rest):
             found = True
@@ -404,8 +253,7 @@ def _drop_useless(metadata: Metadata, layout: Layout, zeros: bool) -> bool:
         zero[0] = ZERO_CLUSTER  # hides what is below
     for index, offset in layout.l2_offsets.items():
         used = False
-        for base in range(0, geo.table_entries, geo.part_entries):
-            table = tables.read(offset + base * ENTRY, geo.part_entries)
+        for base, table in table_parts(metadata.storage, geo, offset):
             if zeros:
                 for i, entry in enumerate(table):
                     if entry > ZERO_CLUSTER and _is_zero(metadata, entry):
@@ -426,6 +274,8 @@ def _is_zero(metadata: Metadata, offset: int) -> bool:
     step = min(size, COPY_STEP)
     data, zeros = bytearray(step), bytes(step)
     for at in range(offset, offset + size, step):
+        if next_data(metadata.storage, at) >= at + step:
+            continue
         metadata.storage.pread_into(data, at)
         if data != zeros:
             return False
@@ -435,45 +285,36 @@ def _is_zero(metadata: Metadata, offset: int) -> bool:
 def pack(metadata: Metadata) -> None:
     """End the file right after as many clusters as are in use, with few moves.  What was unlinked is durable.
 
-    For maintenance that frees clusters.  Raises CorruptImageError before anything is moved, and StorageError.
+    For maintenance that frees clusters.  Without space to move anything, some stay free inside the file.  Raises
+    CorruptImageError before anything is moved, and StorageError.
     """
-    arrangement = Arrangement(metadata, Layout(metadata), lambda done: None)
-    arrangement.pack()
+    arrangement = Arrangement(metadata, Layout(metadata))
+    with suppress(NoSpaceError):
+        arrangement.pack()
     arrangement.cut()
     metadata.reload()
 
 
-def tidy(image: QEDImage) -> int:
-    """Before closing: fill the holes that freeing has left in the file, from its end, if that is little work.
-
-    Returns the clusters that stay free inside the file, leaks to the next who opens it.  No request may be in
-    flight.  Raises as pack.
-    """
-    shift = image.geometry.l2_shift
-    small = image.storage.size() >> shift <= TIDY_CLUSTERS
-    holes = image.holes(search=small)
-    if not holes or not small or holes << shift > TIDY_BYTES:
-        return holes
-    with image.maintenance() as metadata:
-        pack(metadata)
-    return 0
-
-
-def compact(image: QEDImage, *, zeros: bool = False, progress: Callable[[int], None] = lambda done: None) -> None:
+def compact(image: QEDImage, *, zeros: bool = False, progress: Callable[[int], None] = lambda done: None) -> bool:
     """Rewrite an image in place: dense, in guest order, without leaks.  No request may be in flight.
 
     With `zeros`, data clusters full of zeros are dropped; entries past the end of the device and empty tables always
     are.  `progress` is told the bytes of the file that are done.  It may be interrupted at any time: the image stays
-    as it was for its guest, and the next run continues.  Raises CorruptImageError before anything is changed,
-    and StorageError.
+    as it was for its guest, and the next run continues.  False: all that was free is given back, but there was no
+    space to put the rest in order.  Raises CorruptImageError before anything is changed, and StorageError.
     """
+    layout = Layout(image.metadata())  # before anything is marked as changed: this is where most errors come
     with image.maintenance() as metadata:
-        layout = Layout(metadata)
         dropped = clear_past_end(metadata, image.size)
         if _drop_useless(metadata, layout, zeros) or dropped:
             metadata.storage.flush()  # nothing leads to what was dropped: from here on it may be overwritten
             layout = Layout(metadata)
         arrangement = Arrangement(metadata, layout, progress)
-        arrangement.compact()
+        in_order = True
+        try:
+            arrangement.compact()
+        except NoSpaceError:
+            in_order = False
         arrangement.cut()
         metadata.reload()
+    return in_order

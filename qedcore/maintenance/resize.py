@@ -10,7 +10,8 @@ from __future__ import annotations
 from ..engine.cluster_map import FOUND
 from ..engine.image import Metadata, QEDImage
 from ..format.geometry import check_device_size
-from .compact import Layout, clear_past_end, pack
+from .compact import clear_past_end, pack
+from .layout import Layout
 
 
 def resize(image: QEDImage, size: int) -> None:

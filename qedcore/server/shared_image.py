@@ -176,7 +176,7 @@ class SharedImage:
 
     def _tidy(self, image: QEDImage) -> str | None:
         """What is left undone.  If the storage has failed, closing it tells."""
-        from ..maintenance.compact import tidy
+        from ..maintenance.tidy import tidy
 
         try:
             holes = tidy(image)

@@ -28,6 +28,7 @@ from qedcore.errors import QEDError, StorageError
 from qedcore.format.header import FEATURE_NEED_CHECK
 from qedcore.maintenance import compact
 from qedcore.maintenance.repair import Repair
+from qedcore.maintenance.tidy import tidy
 from qedcore.storage import Storage
 from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.flush import GroupCommit
@@ -329,7 +330,7 @@ def record(
         try:
             try:
                 if rng.random() < 0.7:
-                    compact.tidy(image)
+                    tidy(image)
             finally:
                 image.close()
         except StorageError:
@@ -352,7 +353,7 @@ def record(
                 elif todo == "compact":
                     compact.compact(image, zeros=rng.random() < 0.5)
                 elif todo == "tidy":
-                    compact.tidy(image)
+                    tidy(image)
                 elif todo != "nothing":
                     close(image)
                     if todo != "reopen":

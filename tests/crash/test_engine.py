@@ -31,7 +31,7 @@ from qedcore.engine.write import WritableRequests
 from qedcore.errors import QEDError, StorageError
 from qedcore.format.table import Table, TableIO
 from qedcore.locks import KeyedLocks
-from qedcore.maintenance.compact import Mover
+from qedcore.maintenance.move import Mover
 from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.flush import GroupCommit
 

@@ -23,7 +23,7 @@ from support.tools import require, run, unavailable
 import qedcore
 from qedcore.engine import allocator
 from qedcore.errors import StorageError
-from qedcore.maintenance.compact import tidy
+from qedcore.maintenance.tidy import tidy
 from qedcore.trace import FAULT_POINTS
 
 CS = 4 * KiB

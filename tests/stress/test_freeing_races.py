@@ -17,7 +17,7 @@ from stress.images import make_image, verify_metadata
 
 import qedcore
 from qedcore.engine.cluster_map import FOUND
-from qedcore.maintenance.compact import tidy
+from qedcore.maintenance.tidy import tidy
 
 pytestmark = pytest.mark.usefixtures("frequent_switches")
 

@@ -260,3 +260,53 @@ def extents(img: qedcore.QEDImage, pos: int, length: int, one: bool = False) -> 
     first, sizes = img.extents(pos, length, one)
     names = ("FOUND", "ZERO") if first.name == "FOUND" else ("ZERO", "FOUND")
     return list(zip(sizes, cycle(names)))
+
+
+class SmallDisk(MemoryStorage):
+    """A sparse file on a disk with room for `free` more blocks; `limit` (bytes) is how long the file may get."""
+
+    BLOCK = 4096  # bytes
+
+    def __init__(self, data: bytes, free: int = 1 << 40, limit: int = 1 << 60) -> None:
+        super().__init__(data)
+        self.free = free
+        self.limit = limit
+        self.blocks = {at for at in range(0, len(data), self.BLOCK) if any(data[at : at + self.BLOCK])}
+        self.bytes_read = 0
+        self.holes_read = 0  # bytes
+
+    def next_data(self, offset: int) -> int:
+        later = [at for at in self.blocks if at + self.BLOCK > offset]
+        return max(min(later), offset) if later else 1 << 63
+
+    def pread_into(self, buf: Any, offset: int) -> None:
+        self.bytes_read += len(buf)
+        blocks = range(offset - offset % self.BLOCK, offset + len(buf), self.BLOCK)
+        self.holes_read += sum(self.BLOCK for at in blocks if at not in self.blocks)
+        super().pread_into(buf, offset)
+
+    def pwrite(self, buf: Any, offset: int) -> None:
+        end = offset + len(buf)
+        if end > self.limit:
+            raise StorageError("too long", OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+        new = set(range(offset - offset % self.BLOCK, end, self.BLOCK)) - self.blocks
+        if len(new) > self.free:
+            raise StorageError("full", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        self.free -= len(new)
+        self.blocks |= new
+        super().pwrite(buf, offset)
+
+    def truncate(self, size: int) -> None:
+        if size > self.limit:
+            raise StorageError("too long", OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+        self._give_back({at for at in self.blocks if at >= size})
+        super().truncate(size)
+
+    def punch(self, offset: int, length: int) -> bool:
+        assert offset % self.BLOCK == length % self.BLOCK == 0
+        self._give_back(self.blocks & set(range(offset, offset + length, self.BLOCK)))
+        return super().punch(offset, length)
+
+    def _give_back(self, blocks: set[int]) -> None:
+        self.free += len(blocks)
+        self.blocks -= blocks

@@ -13,8 +13,10 @@ from ..options import add_shared, check_cache
 from ..progress import Progress
 
 EPILOG = """\
-The image may be interrupted at any time without loss; the next run continues.  While it runs, the file may be
-larger than before by 32 MiB and by the size of the L2 tables.
+It may be interrupted at any time without loss; the next run continues.
+Leaks are given back first.  While the rest is put in order, the file may be
+larger than it then is by 32 MiB and by the size of the L2 tables; on a full disk
+it takes more time and less space, and without any the order stays.
 """
 
 
@@ -32,8 +34,10 @@ def run(args: argparse.Namespace) -> int:
     with open_qed(where, writable=True, cache=args.cache, log=notice) as image:
         before = image.storage.size()
         with Progress(args, before) as progress:
-            compact(image, zeros=args.zeros, progress=progress.update)
+            in_order = compact(image, zeros=args.zeros, progress=progress.update)
         after = image.storage.size()
+    if not in_order:
+        notice(f"{args.file}: what was free is given back, but there is no space to put the rest in order")
     if not args.quiet:
         print(f"Image compacted: {before} bytes before, {after} now.")
     return 0

@@ -13,7 +13,7 @@ from support.qed_image import Built, QedFile, assert_sound, read_header
 
 import qedcore
 from qedcore.errors import ForeignWriterError, StorageError
-from qedcore.maintenance.compact import tidy
+from qedcore.maintenance.tidy import tidy
 from qedcore.storage.file_lock import Locking
 from qedcore.storage.open import open_file
 
