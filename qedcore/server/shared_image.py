@@ -2,7 +2,7 @@
 
 I1. It is open from the first enter() to the last leave(), which closes it cleanly.
 I2. While it is opened or closed, nobody enters or leaves: a reopening waits until the image is on disk.  Requests
-    never wait for that; only connections in use have any.
+    never wait for that; only connections in use have any.  Tidying is cut short when somebody waits.
 I3. It is reopened at most once while in use: for writing, when it was opened for readers only and a writer comes.
     Requests may still be in flight in the read-only one, which is therefore closed with the other.
 """
@@ -112,6 +112,8 @@ class SharedImage:
         self._locking = locking
         self._lock = ranked_lock(Rank.SHARED)  # protects all below; held while the image is opened or closed
         self._users = 0
+        # An item for each connection that waits for the lock; needs none, because each step is one call.
+        self._waiting: list[None] = []
         self.in_flight = InFlight()  # requests in both (I3)
         self._opener = Opener(locking)
         self._retired: QEDImage | None = None  # the read-only one (I3)
@@ -121,7 +123,9 @@ class SharedImage:
 
         Only with `readonly` allowed before a fork: it may start a thread otherwise.
         """
+        self._waiting.append(None)
         with self._lock:
+            self._waiting.pop()
             if not self._users:
                 self._opener = Opener(self._locking)
                 self.image = self._open(not readonly)
@@ -179,9 +183,11 @@ class SharedImage:
         from ..maintenance.tidy import tidy
 
         try:
-            holes = tidy(image)
+            holes = tidy(image, lambda: bool(self._waiting))
         except QEDError as error:
             return str(error)
+        except MemoryError:
+            return f"{image.storage.name}: clusters inside the file may stay free: out of memory"
         if not holes:
             return None
         advice = "give them back with qed check -r leaks"
