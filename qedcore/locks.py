@@ -23,10 +23,11 @@ class Rank(enum.IntEnum):
     L2_TABLE = 3  # one L2 table; a request never holds two
     L1 = 4
     ALLOCATOR = 5
-    HEADER = 6
-    CACHE = 7  # dictionaries; never held across I/O
-    STORAGE = 8  # inside one storage
-    FLUSH = 9  # who syncs next; not held across the sync
+    RECLAIMER = 6
+    HEADER = 7
+    CACHE = 8  # dictionaries; never held across I/O
+    STORAGE = 9  # inside one storage
+    FLUSH = 10  # who syncs next; not held across the sync
 
 
 class LockOrderError(AssertionError):

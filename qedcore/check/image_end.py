@@ -18,7 +18,7 @@ def end_of_image(storage: Storage, writable: bool = False) -> int:
 
     def report(damage: Damage) -> None:
         nonlocal lost
-        lost = lost or not (damage.past_end or damage.shared)
+        lost = lost or not (damage.past_end or damage.shared or damage.marked)
 
     try:
         header, geometry, bounds = read_header(storage)

@@ -28,7 +28,7 @@ from operator import sub
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from ..errors import StorageError, UnsupportedError
-from ..format.geometry import ENTRY, ZERO_CLUSTER, Bounds, Geometry
+from ..format.geometry import ENTRY, ZERO_CLUSTER, Bounds, Geometry, is_marked
 from ..format.table import Table, empty, length_of, table_parts
 from ..format.table_runs import FollowingRuns
 from ..storage import Storage
@@ -53,6 +53,7 @@ class Damage(NamedTuple):
     pos: int  # bytes: the first guest position that it maps
     shared: bool  # points to clusters that are referenced already
     past_end: bool  # points past the end of the file: what a crash leaves behind
+    marked: bool = False  # pointed past the end of the file once, and was made invalid for good (mark_dangling)
 
     def __str__(self) -> str:
         where = f"{self.table} entry {self.index} at {self.table_offset + self.index * ENTRY:#x}"
@@ -61,6 +62,8 @@ class Damage(NamedTuple):
             if self.shared
             else "past the end of the file"
             if self.past_end
+            else "marked: it pointed past the end of the file"
+            if self.marked
             else "not a valid offset"
         )
         return f"{where} (guest position {self.pos:#x}) points to {self.value:#x}: {what}"
@@ -394,4 +397,5 @@ class Scan:
         self.result.corruptions += 1
         past_end = value >= self.bounds.end - (self.geometry.table_bytes if table == "L1" else 0)
         aligned = not value & self.geometry.cluster_mask
-        self._report(Damage(table, at, index, value, pos, shared, past_end and aligned and not shared))
+        past_end = past_end and aligned and not shared
+        self._report(Damage(table, at, index, value, pos, shared, past_end, is_marked(value)))

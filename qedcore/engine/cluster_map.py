@@ -3,7 +3,8 @@
 I1. Entries are published (stored in memory) only when they are on disk, so lookups take no lock.
 I2. L1 entries are changed under the L1 lock and the lock of their L2 table, L2 entries under the latter.
 I3. A table whose last write failed is read again before it is believed: what is on disk decides.
-I4. Once the image may grow, every table that is read is screened for entries past the end (dangling.py).
+I4. An entry that points past the end of the file is marked before the file grows (census.py).  Who looks an entry up
+    reads bounds.end before the entry: so no entry seems valid because the file has grown since it was read.
 I5. What is remembered of slices is dropped after each change of a table; who has looked before that
     puts what it found into the dictionary that was dropped.
 """
@@ -11,14 +12,14 @@ I5. What is remembered of slices is dropped after each change of a table; who ha
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ..errors import CorruptImageError, StorageError
 from ..format.geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from ..format.table import Table, TableIO, empty
 from ..format.table_runs import K_NOTHING, K_ZERO, Runs, kinds, runs_of_kinds, runs_of_two
 from ..locks import KeyedLocks, Rank, ranked_lock
-from .dangling import PastEnd
+from .census import Census
 from .l2_cache import L2Cache
 
 _SHORT = 32  # entries of a run that are compared one by one, before Runs pays
@@ -56,8 +57,6 @@ class ClusterMap:
         self.l1_lock = ranked_lock(Rank.L1)
         self.table_locks = KeyedLocks(Rank.L2_TABLE)  # keyed by L1 index: a missing table has no offset yet
         self._doubtful_l1: set[int] = set()  # indexes whose last write failed (I3)
-        self._own_tables: set[int] = set()  # L1 indexes of tables that need no screening (I4),
-        self._linked: set[int] = set()  # and indexes of slices
         self._touched = -1  # index of the slice that was used last, by any thread
         self._known: dict[int, tuple[tuple[Kind, int], ...]] = {}  # slice index -> _few_runs (I5)
 
@@ -68,13 +67,11 @@ class ClusterMap:
         self.cache.clear()
         self._known = {}
 
-    def expect_growth(self, log: Callable[[str], None]) -> None:
-        """The image becomes writable: screen tables from now on (I4).  Raises StorageError."""
-        past_end = PastEnd(self.tables, self.geometry, self.bounds, log)
-        past_end.screen_l1(self.l1, self.l1_offset)
-        to_l1 = self.geometry.l1_shift - self.geometry.slice_shift
-        self.cache.screen = lambda index, table, offset: past_end.screen_slice(index, table, offset, index >> to_l1)
-        self._own_tables, self._linked = past_end.own, past_end.linked
+    def mark(self, census: Census) -> None:
+        """Dangling entries were marked on disk: mark those that are in memory, before the file grows (I4)."""
+        with self.l1_lock:
+            census.mark_l1(self.l1)
+        self.cache.change_all(census.mark_slice)
 
     def lookup(self, pos: int, length: int) -> tuple[Kind, int, int]:
         """The run at pos: (kind, file offset of pos's byte or 0, bytes up to `length`).  length > 0.
@@ -92,9 +89,13 @@ class ClusterMap:
         index = (pos >> geo.l2_shift) & geo.slice_mask
         into = pos & geo.cluster_mask
         last = index + ((into + length + geo.cluster_mask) >> geo.l2_shift)
+        end = self.bounds.end  # before the entries (I4)
         first = table[index]
+        if first >= end:  # perhaps it was linked just now, and the file has grown for it
+            end = self.bounds.end
+            first = table[index]
         if first > ZERO_CLUSTER:
-            self._check_entry(first, pos)
+            self._check_entry(first, end, pos)
             if last - index == 1:
                 return FOUND, first + into, length
             expected = first
@@ -108,9 +109,9 @@ class ClusterMap:
                     expected += geo.cluster_size
                     last = self._runs.end_of_run(table, index + _SHORT, last, expected)
                     expected = first + ((last - index) << geo.l2_shift)
-            if expected >= self.bounds.end:
+            if expected >= end:
                 # Only as far as the file goes; the next lookup reports the entry that is outside.
-                last = min(last, index + (self.bounds.end - first) // geo.cluster_size)
+                last = min(last, index + (end - first) // geo.cluster_size)
             return FOUND, first + into, min(length, ((last - index) << geo.l2_shift) - into)
         kind = NO_CLUSTER if first == UNALLOCATED else ZERO
         if last - index == 1:
@@ -248,7 +249,7 @@ class ClusterMap:
         if self._doubtful_l1 and index in self._doubtful_l1:
             self._read_l1_again(index)
         offset = self.l1[index]
-        if offset and not self.bounds.valid_table(offset):
+        if offset and not (self.bounds.valid_table(offset) and offset == self.l1[index]):  # marked meanwhile (I4)
             raise CorruptImageError(
                 f"L1 entry {index} at {self.l1_offset + index * ENTRY:#x} points to {offset:#x}: "
                 f"not a table on clusters from {self.bounds.start:#x} to {self.bounds.end:#x}"
@@ -259,15 +260,15 @@ class ClusterMap:
         """There is no L2 table for pos.  Table lock held.  Raises like lookup."""
         return not self.l1[pos >> self.geometry.l1_shift] and not self.l2_offset(pos)
 
-    def _check_entry(self, offset: int, pos: int) -> None:
-        if self.bounds.valid_cluster(offset):
+    def _check_entry(self, offset: int, end: int, pos: int) -> None:
+        if self.bounds.start <= offset < end and not offset & self.geometry.cluster_mask:
             return
         geo = self.geometry
         index = (pos >> geo.l2_shift) & (geo.table_entries - 1)
         at = self.l1[pos >> geo.l1_shift] + index * ENTRY
         raise CorruptImageError(
             f"L2 entry {index} at {at:#x} points to {offset:#x}: "
-            f"not a cluster from {self.bounds.start:#x} to {self.bounds.end:#x}"
+            f"not a cluster from {self.bounds.start:#x} to {end:#x}"
         )
 
     def link(self, pos: int, entries: Table) -> None:
@@ -280,7 +281,6 @@ class ClusterMap:
         # Almost always it is there, and its use was noted when the request looked it up.
         table = self.cache.slices.get(slice_index) or self.table_at(pos)
         assert table is not None
-        self._linked.add(slice_index)
         index = (pos >> geo.l2_shift) & geo.slice_mask
         try:
             # Its L1 entry is sound, and known: the slice was loaded through it.
@@ -311,7 +311,6 @@ class ClusterMap:
         with self.l1_lock:
             entry = empty(1)
             entry[0] = offset
-            self._own_tables.add(index)
             try:
                 self.write_l1(index, entry)
             except StorageError:

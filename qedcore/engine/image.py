@@ -6,12 +6,13 @@ I2. No request is in flight during start() or close(); the caller sees to it (nb
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Callable, NamedTuple
 
-from ..check.recovery import repair_after_crash, shares_clusters
+from ..check.recovery import MAP_LIMIT, repair_after_crash
 from ..errors import (
     CorruptImageError,
     ImageFormatError,
@@ -27,12 +28,14 @@ from ..format.table import TableIO
 from ..locks import Rank, ranked_lock
 from ..storage import ReadBuffer, Storage, WriteBuffer, close_all, drop_cache
 from ..units import MiB
-from .allocator import Allocator, Extent
+from .allocator import Allocator
+from .census import Census
 from .cluster_map import ClusterMap, Kind
 from .in_flight import InFlight
 from .l2_cache import L2Cache
 from .need_check import NeedCheckGate
 from .read import ClosedRequests, Requests
+from .reclaim import Reclaimer
 from .source import Source, layers
 from .write import WritableRequests
 
@@ -61,12 +64,10 @@ class Metadata(NamedTuple):
     clusters: ClusterMap
     requests: WritableRequests
     allocator: Allocator | None = None  # of an open image
-    log: Callable[[str], None] = lambda line: None
 
     def reload(self) -> None:
         """The tables have changed on disk, or the device's size has: read them again."""
         self.clusters.reload(self.header.header.l1_table_offset, self.requests.size)
-        self.clusters.expect_growth(self.log)
 
 
 class QEDImage:
@@ -97,6 +98,8 @@ class QEDImage:
         self._log = log
         self._lifecycle = ranked_lock(Rank.LIFECYCLE)  # protects _closed
         self._closed = False
+        self._census: Census | None = None  # that self._counting, a thread, is counting
+        self._counting: threading.Thread | None = None
         try:
             header, self.geometry, self._bounds = read_header(storage)
             self.backing_name = read_backing_name(storage, header)
@@ -112,10 +115,11 @@ class QEDImage:
             if writable:
                 if header.l1_table_offset == 0:
                     raise ImageFormatError("the L1 table at 0x0 overlaps the header: such an image is read-only")
-                self._allocator = Allocator(storage, self.geometry, self._bounds, in_flight)
-                self._gate = parts.gate(storage, self._header, self._allocator, clock)
+                self._reclaimer = Reclaimer(storage, self.geometry, self._bounds, in_flight)
+                self._allocator = Allocator(storage, self.geometry, self._bounds, self._reclaimer)
+                self._gate = parts.gate(storage, self._header, self._allocator, self._reclaimer, clock)
                 self._requests = parts.writable_requests(
-                    storage, self._clusters, self.size, in_flight, self._allocator, self._gate
+                    storage, self._clusters, self.size, in_flight, self._allocator, self._reclaimer, self._gate
                 )
             else:
                 self._requests = parts.requests(storage, self._clusters, self.size, in_flight)
@@ -134,13 +138,11 @@ class QEDImage:
             return
         if self._header.clear_unknown_autoclear():
             self._log(f"{self.storage.name}: cleared autoclear features of another program")
-        if self.header.need_check:
-            self._repair(self._gate)
-        else:
-            self._allocator.sole_users = self._has_sole_users
-        self._clusters.expect_growth(self._log)
+        if not (self.header.need_check and self._recover(self._gate)):
+            self._gate.expect_census(self._take_census)
 
-    def _repair(self, gate: NeedCheckGate) -> None:
+    def _recover(self, gate: NeedCheckGate) -> bool:
+        """Repair after a crash; True if that leaves nothing for a census to find."""
         done = repair_after_crash(self.storage, self._header, self._tables, self.geometry, self._bounds)
         self._clusters.reload(self.header.l1_table_offset, self.size)
         name = self.storage.name
@@ -151,20 +153,57 @@ class QEDImage:
             gate.settled()
         else:
             gate.fail()
-            self._allocator.reuse = False
             self._log(f"{name}: damage may be left: shared clusters change together; check the image")
+        if done.use is None:
+            return False
+        self._reclaimer.adopt(done.use)
+        return True
 
-    def _has_sole_users(self, freed: list[Extent]) -> bool:
-        unlinked = [(extent.offset >> self.geometry.l2_shift, extent.n) for extent in freed]
+    def _take_census(self) -> None:
+        """Before the first allocation.  Requests that change no table go on meanwhile."""
+        census = Census(
+            self._tables, self.geometry, self._bounds, self.header.l1_table_offset, map_limit=MAP_LIMIT, log=self._log
+        )
+        if census.screen():
+            self._clusters.mark(census)
+        if census.counted:
+            self._count(census)
+            return
+        self._census = census
+        self._counting = threading.Thread(
+            target=self._count_in_background, args=(census,), name="census", daemon=True
+        )
         try:
-            shared = shares_clusters(self.storage, self.geometry, self._bounds, self.header.l1_table_offset, unlinked)
+            self._counting.start()
+        except RuntimeError:  # no more threads
+            self._counting = None
+            self._count(census)
+
+    def _count(self, census: Census) -> None:
+        """Let the clusters that nothing refers to be used if each other one has one user.  Raises StorageError."""
+        use = None
+        try:
+            use = census.count()
+            why = "shared clusters, or other damage: check the image" if census.damaged else "the file is too large"
         except (QEDError, MemoryError) as error:
             why = str(error) or "out of memory"
-            self._log(f"{self.storage.name}: freed clusters are not used again: {why}")
-            return False
-        if shared:
-            self._log(f"{self.storage.name}: damaged: freed clusters may be shared and are not used again: check it")
-        return not shared
+        if use is None:
+            if not census.stopped:
+                self._log(f"{self.storage.name}: freed clusters are not used again: {why}")
+            self._reclaimer.give_up()
+            return
+        if census.leaks:
+            # What the tables say now, before anything is written where they lead no more: another server, which was
+            # killed, may have unlinked it, and a crash of the machine would link it again.
+            self.storage.flush()
+        self._reclaimer.adopt(use)
+
+    def _count_in_background(self, census: Census) -> None:
+        try:
+            self._count(census)
+        except (QEDError, MemoryError) as error:
+            self._log(f"{self.storage.name}: freed clusters are not used again: {error}")
+            self._reclaimer.give_up()
 
     def metadata(self) -> Metadata:
         """What maintenance changes, to look at it first."""
@@ -180,7 +219,6 @@ class QEDImage:
             self._clusters,
             self._requests,
             self._allocator,
-            self._log,
         )
 
     @contextmanager
@@ -196,6 +234,7 @@ class QEDImage:
             raise ReadOnlyError(f"{self.storage.name} was opened read-only")
         metadata = self.metadata()
         with self._gate:
+            self._reclaimer.wait()
             self.storage.flush()  # what requests have unlinked may be overwritten from here on
             try:
                 yield metadata
@@ -270,23 +309,27 @@ class QEDImage:
         if self._gate is None:
             self.storage.flush()
         else:
-            self._allocator.flush()
+            self._reclaimer.flush()
 
     def holes(self, search: bool = True) -> int:
         """Clusters that are free inside the file; its free tail is given back first.  No request may be in flight.
 
-        With `search`, the tables are looked through, if need be, for what was freed and may be free.
+        With `search` the census is taken, if nothing has asked for it yet: there may be leaks.
         """
         self._check_open()
         if self._gate is None:
             return 0
         self._gate.refuse_others()
         if search:
-            self._allocator.recall()
-        if self._allocator.pending:
-            self._allocator.flush()
+            self._gate.take_census()
+            self._reclaimer.wait()
+        if self._reclaimer.pending:
+            self._reclaimer.flush()
+        if self._reclaimer.free_clusters:
+            with self._gate:  # the file gets shorter in a dirty period
+                pass
         self._gate.clear()
-        return 0 if self.header.need_check else self._allocator.free_clusters
+        return 0 if self.header.need_check else self._reclaimer.free_clusters
 
     def extents(self, pos: int, length: int, one: bool = False) -> tuple[Kind, list[int]]:
         """(kind, bytes of each run) of a range, through the whole chain: alternately FOUND and ZERO, from `kind` on.
@@ -316,6 +359,7 @@ class QEDImage:
         self._refuse_requests()
         try:
             if self._gate is not None:
+                self._end_census()
                 self._gate.close()
                 self.storage.flush()
                 if self.header.need_check:
@@ -326,6 +370,12 @@ class QEDImage:
             raise
         finally:
             close_all(layer.storage for layer in layers(self))
+
+    def _end_census(self) -> None:
+        if self._counting is not None and self._census is not None:
+            self._census.stopped = True
+            self._counting.join()
+            self._counting = None
 
     def _check_open(self) -> None:
         if self._closed:

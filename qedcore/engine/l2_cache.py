@@ -32,8 +32,6 @@ class L2Cache:
         self._lock = ranked_lock(Rank.CACHE)
         self.slices: OrderedDict[int, Table] = OrderedDict()  # oldest use first
         self._alive: WeakValueDictionary[int, Table] = WeakValueDictionary()  # every slice that anybody holds (I2)
-        # called with the index, the table and its file offset for each slice that was read
-        self.screen: Callable[[int, Table, int], None] = lambda index, table, offset: None
         self._loading: dict[int, threading.Event] = {}  # slice index -> set when its load is over
 
     def touch(self, index: int) -> None:
@@ -58,7 +56,6 @@ class L2Cache:
             loading.wait()  # if that load fails, try ourselves: its error is the other request's
         try:
             table = self.read(index, offset)
-            self.screen(index, table, offset)
             with self._lock:
                 self._insert(index, table)
             return table
@@ -80,6 +77,16 @@ class L2Cache:
         with self._lock:
             self.slices.pop(index, None)
             self._alive.pop(index, None)
+
+    def change_all(self, change: Callable[[Table], None]) -> None:
+        """Change every slice that anybody has, as the tables on disk were changed already."""
+        with self._lock:
+            loading = list(self._loading.values())
+        for load in loading:  # perhaps it has read what was there before; later ones have not
+            load.wait()
+        with self._lock:
+            for table in self._alive.values():
+                change(table)
 
     def clear(self) -> None:
         with self._lock:

@@ -5,6 +5,7 @@ I1. The dirty period: NEED_CHECK is durable before the first metadata change, an
 I2. Once a metadata write or a flush has failed, NEED_CHECK stays: the next writable open repairs.
 I3. Where nothing locks the image, somebody else may write to it.  Who does so changes the header, which is read again
     when a dirty period begins and ends, and when the file grows; from then on nothing is allocated or freed.
+I5. Before the first dirty period all tables were looked at once (census.py).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import errno
 import threading
 from typing import Callable
 
-from ..errors import ForeignWriterError, QEDError, StorageError
+from ..errors import CorruptImageError, ForeignWriterError, QEDError, StorageError
 from ..format.header import FEATURE_NEED_CHECK, HeaderUpdater
 from ..locks import Rank, ranked_condition
 from ..storage import Storage
 from .allocator import Allocator
+from .reclaim import Reclaimer
 
 IDLE_SECONDS = 5.0  # QEMU's delay between the last allocation and the clean header
 
@@ -35,19 +37,26 @@ class NeedCheckGate:
     """
 
     def __init__(
-        self, storage: Storage, header: HeaderUpdater, allocator: Allocator, clock: Callable[[], float]
+        self,
+        storage: Storage,
+        header: HeaderUpdater,
+        allocator: Allocator,
+        reclaimer: Reclaimer,
+        clock: Callable[[], float],
     ) -> None:
         self._storage = storage
         self._header = header
         self._allocator = allocator
+        self._reclaimer = reclaimer
         self._clock = clock
         self._cond = ranked_condition(Rank.GATE)
         self._dirty = header.header.need_check  # NEED_CHECK is set and durable
         self._changing = False  # a thread is setting or clearing it
         self.open = self._dirty  # dirty, and nobody is changing that
         self.inside: list[None] = []  # an item per allocating request
-        self._failed = False  # I2
-        self._others: ForeignWriterError | None = None  # somebody else writes to the image (I3)
+        self._failed = False  # I4
+        self._census: Callable[[], None] | None = None  # taken before anybody is let in
+        self._refusal: QEDError | None = None  # why nobody is let in any more: damage, or another writer (I3)
         self._last_use = clock()  # seconds
         self._closed = False
         self._timer: threading.Thread | None = None
@@ -66,33 +75,54 @@ class NeedCheckGate:
 
     __exit__ = leave
 
-    def _begin(self) -> None:
-        """Enter when the gate is open, or open it: begin the dirty period."""
+    def expect_census(self, census: Callable[[], None]) -> None:
+        """Have `census` look at all tables before anybody is let in; nobody is inside now.
+
+        It raises CorruptImageError if nobody ever may be, and other errors if it should be tried again.
+        """
+        self._census = census
+        self.open = False
+
+    def take_census(self) -> None:
+        """Have it taken now, if it was not yet: without a dirty period.  Raises as __enter__."""
+        self._begin(enter=False)
+
+    def _begin(self, enter: bool = True) -> None:
+        """Take the census, if it is still to be taken; `enter` when the gate is open: begin the dirty period."""
         with self._cond:
             while self._changing:
                 self._cond.wait()
-            if self._others is not None:
-                raise ForeignWriterError(str(self._others))
-            if self._dirty:
-                self.inside.append(None)
+            if self._refusal is not None:
+                raise type(self._refusal)(str(self._refusal))
+            dirty = self._dirty
+            if self._census is None and (dirty or not enter):
+                if enter:
+                    self.inside.append(None)
                 return
             self._changing = True
         try:
-            self.refuse_others()
-            self._header.set_features(set=FEATURE_NEED_CHECK)
-            # Durable before any metadata change: else a crash could leave changed tables in an image that looks
-            # clean, and the next allocation would reuse what they point at.
-            self._storage.flush()
-        except BaseException:
-            self._settle(dirty=False)
+            if self._census is not None:
+                self._census()
+                self._census = None
+            if enter and not dirty:
+                self.refuse_others()
+                self._header.set_features(set=FEATURE_NEED_CHECK)
+                # Durable before any metadata change: else a crash could leave changed tables in an image that looks
+                # clean, and the next allocation would reuse what they point at.
+                self._storage.flush()
+        except BaseException as error:
+            if isinstance(error, CorruptImageError):
+                self._refusal = error
+            self._settle(dirty)
             raise
-        self.inside.append(None)
-        self._settle(dirty=True)
+        if enter:
+            self.inside.append(None)
+        self._settle(dirty or enter)
 
     def _settle(self, dirty: bool) -> None:
         with self._cond:
             self._dirty = dirty
-            self.open = dirty and self._others is None
+            self.open = dirty and self._refusal is None and self._census is None
             self._changing = False
             self._last_use = self._clock()
             self._cond.notify_all()
@@ -108,7 +138,7 @@ class NeedCheckGate:
             self._changing = not self.inside and not self._failed
             if not self._changing:
                 self.open = True
-                if self._others is not None:  # somebody inside has noticed meanwhile (I3)
+                if self._refusal is not None:  # somebody inside has noticed meanwhile (I3)
                     self.open = False
             return self._changing
 
@@ -124,9 +154,9 @@ class NeedCheckGate:
         try:
             self._header.refuse_others(mark=self._dirty)
         except ForeignWriterError as error:
-            self._others = error
+            self._refusal = error
             self.open = False
-            self._allocator.reuse, self._allocator.sole_users = False, None
+            self._reclaimer.give_up()
             self.fail()
             raise
 
@@ -143,8 +173,8 @@ class NeedCheckGate:
             return False
         try:
             self.refuse_others()
-            if self._allocator.pending:
-                self._allocator.flush()
+            if self._reclaimer.pending:
+                self._reclaimer.flush()
             self._allocator.trim_tail()  # and flush everything that the flag stands for, before the flag
         except BaseException:
             self.fail()

@@ -70,9 +70,10 @@ class Requests:
             into, length, index = pos & self._cluster_mask, len(buf), pos >> self._slice_shift
             table = self._slices.get(index)
             if table is not None and into + length <= self._cluster_size and pos + length <= self.size:
+                end = self._bounds.end  # before the entry (ClusterMap, I4)
                 entry = table[(pos >> self._l2_shift) & self._slice_mask]
                 # Bounds.valid_cluster, and no special entry
-                if self._lowest <= entry < self._bounds.end and not entry & self._cluster_mask:
+                if self._lowest <= entry < end and not entry & self._cluster_mask:
                     if index != self._touched:
                         self._touched = index
                         self._touch(index)

@@ -18,12 +18,12 @@ from ..format.geometry import SECTOR
 from ..format.table import Table
 from ..storage import ReadBuffer, Storage, WriteBuffer
 from ..trace import FaultHook, Tracer
-from .allocator import Extent
 from .cluster_map import FOUND, ClusterMap, Kind
 from .image import Parts
 from .l2_cache import L2Cache
 from .need_check import NeedCheckGate
 from .read import Requests
+from .reclaim import Extent
 from .write import WritableRequests
 
 _WRITE, _ZERO = 1, 2  # flags of qed_aio_setup

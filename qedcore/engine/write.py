@@ -4,8 +4,8 @@ An allocating write:   gate > claim (cluster_locks) > look up > allocate > data,
                        from the start again if a new zero cluster has come between the look-up and the lock
   of one new cluster:  the same without head, tail and flush, if none of them is needed (_write_fresh_cluster)
 New zero clusters:     gate > L2 lock > look up > link
-Unlinking zero, trim:  gate > L2 lock > look up > link nothing, or zero clusters > free (allocator.py, I2)
-The L1 lock is taken inside link_table only.  read.py has the kinds of runs.
+Unlinking zero, trim:  gate > L2 lock > look up > link nothing, or zero clusters > free (reclaim.py)
+The L1 lock is taken inside link_table only.  request.py has the kinds of runs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from threading import get_ident
 from ..format.geometry import UNALLOCATED, ZERO_CLUSTER
 from ..format.table import Table, contiguous
 from ..storage import ReadBuffer, Storage
-from .allocator import Allocator, Extent
+from .allocator import Allocator
 from .cluster_locks import Claims
 from .cluster_map import FOUND, NO_CLUSTER, NO_TABLE, ZERO, ClusterMap, Kind
 from .in_flight import InFlight
 from .need_check import NeedCheckGate
 from .read import Requests
+from .reclaim import Extent, Reclaimer
 from .source import ZEROS
 
 
@@ -36,10 +37,12 @@ class WritableRequests(Requests):
         size: int,
         in_flight: InFlight,
         allocator: Allocator,
+        reclaimer: Reclaimer,
         gate: NeedCheckGate,
     ) -> None:
         super().__init__(storage, clusters, size, in_flight)
         self._allocator = allocator
+        self._reclaimer = reclaimer
         self._gate = gate
         self._claims = Claims()
         self._l1_shift = self._geometry.l1_shift
@@ -61,9 +64,10 @@ class WritableRequests(Requests):
                 if index != self._touched:
                     self._touched = index
                     self._touch(index)
+                end = self._bounds.end
                 entry = table[(pos >> self._l2_shift) & self._slice_mask]
                 one = into + length <= self._cluster_size
-                if self._lowest <= entry < self._bounds.end and not entry & self._cluster_mask:
+                if self._lowest <= entry < end and not entry & self._cluster_mask:
                     if one:
                         self._storage.pwrite(buf, entry + into)
                         return
@@ -101,7 +105,7 @@ class WritableRequests(Requests):
             try:
                 self._storage.pwrite(buf, offset + into)
             except BaseException:
-                self._allocator.release(Extent(offset, 1, True))
+                self._reclaimer.release(Extent(offset, 1, True))
                 raise
             with self._clusters.table_locks.hold(pos >> self._l1_shift):
                 self._link(pos, array("Q", (offset,)))
@@ -186,7 +190,7 @@ class WritableRequests(Requests):
 
     def _release(self, extents: Iterable[Extent]) -> None:
         for extent in extents:
-            self._allocator.release(extent)
+            self._reclaimer.release(extent)
 
     def _link_data(self, kind: Kind, pos: int, extents: list[Extent], must_flush: bool) -> bool:
         """Link new data clusters for pos, where `kind` was found; True if that was done.  Gate and claim are held.
@@ -292,7 +296,7 @@ class WritableRequests(Requests):
         except BaseException:
             self._release(extents)
             if new is not None:
-                self._allocator.release(new)
+                self._reclaimer.release(new)
             raise
         try:
             clusters.link_table(pos, table, new.offset)
@@ -363,15 +367,17 @@ class WritableRequests(Requests):
 
     def _unlink(self, pos: int, length: int) -> int:
         """Free the whole clusters of a FOUND run, or some; they read as zeros then.  Returns as _zero_run."""
-        with self._gate, self._clusters.table_locks.hold(pos >> self._l1_shift):
-            kind, offset, n = self._clusters.lookup(pos, length)
-            if kind is not FOUND:
-                return 0
-            clusters = self._geometry.clusters(n)
-            nothing = UNALLOCATED if self.backing is None else ZERO_CLUSTER
-            self._link(pos, array("Q", (nothing,)) * clusters)
-            self._allocator.free(Extent(offset, clusters, False))
-            return n
+        with self._gate:
+            self._reclaimer.wait()
+            with self._clusters.table_locks.hold(pos >> self._l1_shift):
+                kind, offset, n = self._clusters.lookup(pos, length)
+                if kind is not FOUND:
+                    return 0
+                clusters = self._geometry.clusters(n)
+                nothing = UNALLOCATED if self.backing is None else ZERO_CLUSTER
+                self._link(pos, array("Q", (nothing,)) * clusters)
+                self._reclaimer.free(Extent(offset, clusters, False))
+                return n
 
     def zero_is_fast(self, pos: int, length: int, may_trim: bool) -> bool:
         """Whether zero() would write no data now."""

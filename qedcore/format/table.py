@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ..storage import Storage
@@ -90,20 +90,35 @@ def table_parts(
 
     Each is valid until the next is asked for: they share `buffer`, a part that the caller may lend.
     """
+    for at, part in parts_between(storage, geometry, [(offset, offset + geometry.table_bytes)], buffer):
+        yield (at - offset) // ENTRY, part
+
+
+def parts_between(
+    storage: Storage, geometry: Geometry, spans: Iterable[tuple[int, int]], buffer: Table | None = None
+) -> Iterator[tuple[int, Table]]:
+    """(file offset, part) for the parts of tables that are not empty, in `spans` of the file (bytes, whole sectors).
+
+    Holes are not read.  Where the spans are in the order of the file, the storage is asked once about each hole.
+    `buffer` as in table_parts.
+    """
     if buffer is None:
         buffer = empty(geometry.part_entries)
-    content, size = memoryview(buffer).cast("B"), geometry.part_bytes
-    data = offset if geometry.table_bytes <= SMALL else next_data(storage, offset)
-    for at in range(offset, offset + geometry.table_bytes, size):
-        if data >= at + size:
-            continue
-        storage.pread_into(content, at)
-        if _SWAP:
-            buffer.byteswap()
-        if buffer[0] or not _BLANK.startswith(content):  # which copies nothing
-            yield (at - offset) // ENTRY, buffer
-        if size < geometry.table_bytes:
-            data = next_data(storage, at + size)
+    hole = range(0)  # bytes: this part of the file has no data
+    for start, end in spans:
+        for at in range(start, end, geometry.part_bytes):
+            stop = min(end, at + geometry.part_bytes)
+            if at not in hole:
+                hole = range(at, next_data(storage, at))
+            if stop <= hole.stop:
+                continue
+            part = buffer if stop - at == geometry.part_bytes else empty((stop - at) // ENTRY)
+            content = memoryview(part).cast("B")
+            storage.pread_into(content, at)
+            if _SWAP:
+                part.byteswap()
+            if part[0] or not _BLANK.startswith(content):  # which copies nothing
+                yield at, part
 
 
 def length_of(table: Table) -> int:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import re
 import sys
+from array import array
 from functools import cached_property
 from typing import Callable
 
-from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds
+from .geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from .table import Table, empty
 
 _MIN_WINDOW_BITS = 11  # of a cluster's number in its window
@@ -96,6 +97,18 @@ def kinds(table: Table, bounds: Bounds) -> bytes | None:
         return found
     found = (int.from_bytes(found, "big") | int.from_bytes(zero, "big")).to_bytes(n, "big")
     return None if found.translate(None, K_NOTHING + K_ZERO + K_DATA) else found
+
+
+def cluster_numbers(table: Table, geometry: Geometry) -> Table:
+    """The number of the cluster that each entry leads to, 0 for ZERO_CLUSTER.  Below 2**32, and the entries valid."""
+    content, n = table.tobytes(), len(table)
+    byte, bits = divmod(geometry.l2_shift, 8)
+    if bits:  # what moves into the next entry are zeros, or the bit of ZERO_CLUSTER, which is cut off
+        content = (int.from_bytes(content, sys.byteorder) >> bits).to_bytes(len(content), sys.byteorder)
+    numbers = bytearray(4 * n)
+    for lane in range(4):
+        numbers[lane if sys.byteorder == "little" else 3 - lane :: 4] = content[_place(byte + lane) :: ENTRY]
+    return array("I", bytes(numbers))
 
 
 def runs_of_kinds(found: bytes) -> list[bytes]:

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import pytest
 
+from qedcore.check.cluster_use import ClusterUse
 from qedcore.engine.allocator import Allocator
 from qedcore.engine.in_flight import InFlight
 from qedcore.engine.need_check import IDLE_SECONDS, NeedCheckGate
+from qedcore.engine.reclaim import Reclaimer
 from qedcore.errors import ForeignWriterError, QEDError, StorageError
 from qedcore.format.geometry import Bounds, Geometry
 from qedcore.format.header import Header, HeaderUpdater
@@ -23,13 +25,13 @@ CS = 4096
 NEED_CHECK = 2
 
 
-def allocator(
-    storage: Tap | MemoryStorage, clusters: int = 2, in_flight: InFlight | None = None
-) -> tuple[Allocator, Bounds]:
+def allocator(storage: Tap | MemoryStorage, clusters: int = 2) -> tuple[Allocator, Reclaimer]:
     geometry = Geometry(CS, 1)
     bounds = Bounds(geometry, 1, storage.size())
     assert bounds.end == clusters * CS
-    return Allocator(storage, geometry, bounds, in_flight or InFlight()), bounds
+    reclaimer = Reclaimer(storage, geometry, bounds, InFlight())
+    reclaimer.adopt(ClusterUse(0))
+    return Allocator(storage, geometry, bounds, reclaimer), reclaimer
 
 
 class Clock:
@@ -90,9 +92,9 @@ def make() -> Callable[..., Dirty]:
         header = Header(cluster_size=CS, table_size=1, l1_table_offset=CS, features=features)
         tap = HeaderTap(MemoryStorage(header.pack() + bytes(2 * CS - 64)), hook)
         updater = HeaderUpdater(tap, header)
-        target, _ = allocator(tap)
+        target, reclaimer = allocator(tap)
         clock = Clock()
-        return Dirty(NeedCheckGate(tap, updater, target, clock), tap, updater, target, clock)
+        return Dirty(NeedCheckGate(tap, updater, target, reclaimer, clock), tap, updater, target, clock)
 
     return make
 
@@ -310,20 +312,20 @@ class Noticing(NeedCheckGate):
     seen: ForeignWriterError | None = None
 
     @property  # type: ignore[override]
-    def _others(self) -> ForeignWriterError | None:
+    def _refusal(self) -> ForeignWriterError | None:
         seen, other, self.other = self.seen, self.other, None
         if other is not None:
             other()
         return seen
 
-    @_others.setter
-    def _others(self, seen: ForeignWriterError | None) -> None:
+    @_refusal.setter
+    def _refusal(self, seen: ForeignWriterError | None) -> None:
         self.seen = seen
 
 
 def test_gate_stays_shut_if_another_writer_is_noticed_just_now(make: Callable[..., Dirty]) -> None:
     dirty = make()
-    gate = Noticing(dirty.tap, dirty.header, dirty.allocator, dirty.clock)
+    gate = Noticing(dirty.tap, dirty.header, dirty.allocator, dirty.gate._reclaimer, dirty.clock)
 
     def notice() -> None:
         dirty.tap.inner.pwrite(dirty.header.header._replace(image_size=CS).pack(), 0)

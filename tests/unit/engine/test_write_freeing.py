@@ -10,7 +10,7 @@ from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import QedFile, assert_sound
 
 import qedcore
-from qedcore.engine import allocator
+from qedcore.engine import reclaim
 from qedcore.errors import (
     StorageError,
 )
@@ -73,13 +73,13 @@ def test_a_long_request_does_not_hold_up_what_it_frees(
     tapped: Tapped, monkeypatch: pytest.MonkeyPatch, zero: bool
 ) -> None:
     """A flush for some runs, neither none nor one for each."""
-    monkeypatch.setattr(allocator, "_MAX_UNLINKED", 10)
+    monkeypatch.setattr(reclaim, "_MAX_UNLINKED", 10)
     img, tap, built = tapped(size=100 * CS, layout="D" * 100, reverse=True)
     if zero:
         img.zero(0, 100 * CS, may_trim=True)
     else:
         img.trim(0, 100 * CS)
-    assert img._allocator.pending < 10
+    assert img._reclaimer.pending < 10
     assert 10 <= [call.name for call in tap.log].count("flush") <= 13
     assert_same(img.pread(100 * CS, 0), bytes(100 * CS))
 
@@ -261,10 +261,10 @@ def test_old_data_beside_a_hole(tapped: Tapped, old: int, hole: int) -> None:
     tap.hook = None
     img.trim(hole * CS, CS)
     img.flush()
-    assert img._allocator.free_clusters == 2
+    assert img._reclaimer.free_clusters == 2
     data = stamp(5, 0, CS)
     img.pwrite(data, 60 * CS + 100)
-    assert img._allocator.free_clusters == 0
+    assert img._reclaimer.free_clusters == 0
     assert_same(img.pread(2 * CS, 60 * CS), bytes(100) + data + bytes(CS - 100))
     img.close()
     assert_sound(built.path)
