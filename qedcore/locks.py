@@ -60,6 +60,9 @@ class RankedLock:
         self._owner = 0
         self._lock.release()
 
+    def locked(self) -> bool:  # threading.Condition wants it from CPython 3.14 on
+        return self._lock.locked()
+
     def _is_owned(self) -> bool:  # for threading.Condition
         return self._owner == threading.get_ident()
 

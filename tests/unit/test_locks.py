@@ -166,3 +166,12 @@ def test_keyed_locks_have_a_rank() -> None:
     with keyed.hold(1), pytest.raises(LockOrderError):
         with keyed.hold(2):  # a request never holds two L2 locks
             pass
+
+
+def test_a_ranked_lock_tells_whether_it_is_held() -> None:
+    """threading.Condition of CPython 3.14 wants a lock that can say so."""
+    lock = RankedLock(Rank.L1)
+    assert lock.locked() is False
+    with lock:
+        assert lock.locked() is True
+    assert lock.locked() is False
