@@ -20,6 +20,7 @@ from ..errors import (
     ReadOnlyError,
     ShutdownError,
     StorageError,
+    UnreachableError,
     UnsupportedError,
 )
 from ..format.geometry import Bounds, Geometry
@@ -277,7 +278,11 @@ class QEDImage:
             buf = memoryview(buf).cast("B")
         self._requests.pwrite(buf, pos)
         if fua or self._writethrough:
-            self.storage.flush()
+            try:
+                self.storage.flush()
+            except StorageError as error:
+                self._flush_failed(error)
+                raise
 
     def zero(
         self, pos: int, length: int, fua: bool = False, *, may_trim: bool = False, only_fast: bool = False
@@ -308,8 +313,17 @@ class QEDImage:
         self._check_open()
         if self._gate is None:
             self.storage.flush()
-        else:
+            return
+        try:
             self._reclaimer.flush()
+        except StorageError as error:
+            self._flush_failed(error)
+            raise
+
+    def _flush_failed(self, error: StorageError) -> None:
+        """Let the next opening not believe the system's cache: it may go on showing what it could not write."""
+        if self._gate is not None and not isinstance(error, UnreachableError):
+            self._gate.mark_for_check()
 
     def holes(self, search: bool = True) -> int:
         """Clusters that are free inside the file; its free tail is given back first.  No request may be in flight.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from contextlib import suppress
 from typing import Callable
 
 from ..errors import CorruptImageError, ForeignWriterError, QEDError, StorageError
@@ -148,6 +149,16 @@ class NeedCheckGate:
         Takes no lock, because its caller holds a table's: the flag only ever goes up.
         """
         self._failed = True
+
+    def mark_for_check(self) -> None:
+        """A flush has failed: set NEED_CHECK for the next writable opening, which then reads from the disk (I2).
+
+        That opening finds the mark in the system's cache, where the mark is needed: it need not be durable.
+        """
+        self.fail()
+        if not self._header.header.need_check:
+            with suppress(StorageError):
+                self._header.set_features(set=FEATURE_NEED_CHECK)
 
     def refuse_others(self) -> None:
         """Raises StorageError if somebody else has written to the image, for good (I3)."""

@@ -27,13 +27,14 @@ class _Batch:
     def __init__(self) -> None:
         self.gates: list[Any] = []  # a held lock for each that waits, released when it need not wait any more
         self.over = False
-        self.failure: StorageError | None = None  # when it is over
+        self.failure: StorageError | MemoryError | None = None  # when it is over
 
 
 class GroupCommit:
     """Wraps `sync`, which makes everything written before it started durable, or raises StorageError.
 
-    Any error but UnreachableError, which promises that nothing was lost, is kept for ever (I4 of the contract).
+    An error is kept for ever (I4 of the contract), but for UnreachableError and MemoryError: with them nothing is
+    lost, and a later sync may succeed.
     """
 
     def __init__(self, sync: Callable[[], None]) -> None:
@@ -59,11 +60,13 @@ class GroupCommit:
                 gate.acquire()
             if not batch.over:
                 self._lead(batch, gate)
-        except BaseException as error:  # a signal's, or out of memory
+        except BaseException as error:
             if batch is not None:
-                self._leave(batch, gate, StorageError(f"a flush did not end: {error!r}"))
+                self._leave(batch, gate, _failure_of(error))
             raise
         failure = batch.failure
+        if isinstance(failure, MemoryError):
+            raise MemoryError(*failure.args)
         if failure is not None:
             raise type(failure)(str(failure), code=failure.errno)
 
@@ -81,7 +84,7 @@ class GroupCommit:
 
     # After an exception, which may come anywhere, each step of these may be done again.
 
-    def _leave(self, batch: _Batch, gate: Any, failure: StorageError) -> None:
+    def _leave(self, batch: _Batch, gate: Any, failure: StorageError | MemoryError) -> None:
         """The calling thread neither waits nor leads any more: do what others wait for."""
         with self._lock:
             leads = self._leader is gate
@@ -93,12 +96,12 @@ class GroupCommit:
         elif leads:
             self._pass_on(gate)
 
-    def _end(self, batch: _Batch, gate: Any, failure: StorageError | None) -> None:
+    def _end(self, batch: _Batch, gate: Any, failure: StorageError | MemoryError | None) -> None:
         """The batch's sync is over: wake who makes the next one, then those who waited for this one."""
         with self._lock:
             if not batch.over:
                 batch.failure = failure
-                if failure is not None and not isinstance(failure, UnreachableError):
+                if isinstance(failure, StorageError) and not isinstance(failure, UnreachableError):
                     self._failure = failure
                 batch.over = True
         self._pass_on(gate)
@@ -121,3 +124,11 @@ class GroupCommit:
 def _open(gate: Any) -> None:
     if gate.locked():
         gate.release()
+
+
+def _failure_of(error: BaseException) -> StorageError | MemoryError:
+    """What a flush that ends with such an error is to those who waited for its sync."""
+    # While an error of the system is dealt with, the sync has failed.
+    if isinstance(error, MemoryError) and not isinstance(error.__context__, OSError):
+        return error
+    return StorageError(f"a flush did not end: {error!r}")  # a signal's: nobody knows what became of the sync

@@ -11,7 +11,7 @@ def confined() -> bool:
     """Whether the calling thread was moved: it may use fewer CPUs than the first one.  Raises nothing."""
     try:
         return os.sched_getaffinity(0) < os.sched_getaffinity(os.getpid())
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, MemoryError):
         return False
 
 
@@ -39,10 +39,11 @@ class SyncThread:
         self._done.acquire()
         self._error: BaseException | None = None
         self._ends = False
+        self._without = False  # make all syncs on the calling thread
 
     def sync(self) -> None:
         """One at a time, and never again after an exception that is none of `sync`."""
-        if self._ends or not confined() or not self._started():
+        if self._ends or self._without or not confined() or not self._started():
             self._sync()
             return
         self._wanted.release()
@@ -57,6 +58,9 @@ class SyncThread:
                 thread = threading.Thread(target=self._run, name="sync", daemon=True)
                 thread.start()
             except RuntimeError:  # no more threads
+                return False
+            except MemoryError:  # perhaps after it has started: then it waits for ever, and is not used
+                self._without = True
                 return False
             self._thread = thread
         return True

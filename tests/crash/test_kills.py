@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from support.crashes import RecordedFile, World, guest
@@ -124,24 +123,35 @@ def test_what_the_system_has_given_up(
     assert (wrong > 0) == believed
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["closed", "killed"])
+@pytest.mark.parametrize("fua", [False, True], ids=["flush", "FUA"])
 @pytest.mark.parametrize("believed", [False, True], ids=["", "believed"])
 def test_what_could_not_be_written_is_not_shown_to_the_next(
-    image: Image, monkeypatch: pytest.MonkeyPatch, believed: bool
+    image: Image, monkeypatch: pytest.MonkeyPatch, believed: bool, fua: bool, killed: bool
 ) -> None:
-    """Also when only data were overwritten, so that nothing says that the image was not closed well."""
+    """Also when only data were overwritten: a failed flush says that the cache must not be believed."""
     built = image(size=64 * CS, cluster_size=CS, table_size=1, layout="D")
     world = World(built.path)
     old = guest(built.path)
     img = qedcore.open_image(built.path, opener=world.open)
     img.pwrite(b"a" * CS, 0)
-    world.flush_failed = world.give_up
-    world.before = mock.Mock(side_effect=StorageError("injected"))
+    failures = []
+
+    def flush(file: RecordedFile) -> None:  # as GroupCommit: once it has failed it always does
+        if not failures:
+            world.give_up(file.name)
+        failures.append(file)
+        raise StorageError("injected")
+
     if believed:
         monkeypatch.setattr(RecordedFile, "drop_cache", lambda file: None)
-    for work in (img.flush, img.close):
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordedFile, "flush", flush)
         with pytest.raises(StorageError):
-            work()
-    world.before = lambda number: None
+            img.pwrite(b"a" * CS, 0, fua=True) if fua else img.flush()
+        if not killed:
+            with pytest.raises(StorageError):
+                img.close()
     with qedcore.open_image(built.path, opener=world.open) as img:
         shown = img.pread(img.size, 0)
         img.flush()

@@ -182,7 +182,7 @@ def test_failure_of_a_later_sync(waits: Waits) -> None:
 
 def test_unexpected_exception_is_nobodys_success(waits: Waits) -> None:
     """Whatever ends a sync early, those who waited for that sync were not served by it, nor is anybody later."""
-    sync = Sync({2: MemoryError("out of memory")})
+    sync = Sync({2: RuntimeError("a bug")})
     commit, jobs = start(sync, waits, 2)
     sync.gate.open()
     jobs[0].result()
@@ -190,8 +190,8 @@ def test_unexpected_exception_is_nobodys_success(waits: Waits) -> None:
     sync.gate.open()
     for job in jobs[1:]:
         job.join(WAIT)
-    assert {type(job.error) for job in jobs[1:]} == {MemoryError, StorageError}
-    with pytest.raises(StorageError, match="did not end: MemoryError"):
+    assert {type(job.error) for job in jobs[1:]} == {RuntimeError, StorageError}
+    with pytest.raises(StorageError, match="did not end: RuntimeError"):
         commit.flush()
     assert sync.count == 2
 
@@ -276,3 +276,38 @@ def test_unreachable_server_is_no_lost_write(waits: Waits) -> None:
         with pytest.raises(StorageError, match=text):
             commit.flush()
     assert sync.count == 4
+
+
+def test_lack_of_memory_is_no_lost_write(waits: Waits) -> None:
+    """Those who waited for that sync are told; the next one counts."""
+    sync = Sync({2: MemoryError("none left")})
+    commit, jobs = start(sync, waits, 3)
+    sync.gate.open()
+    jobs[0].result()
+    sync.gate.reached()
+    sync.gate.open()
+    for job in jobs[1:]:
+        job.join(WAIT)
+    assert [type(job.error) for job in jobs[1:]] == [MemoryError] * 3
+    assert len({id(job.error) for job in jobs[1:]}) == 3
+    sync.gate.open()
+    commit.flush()
+    assert sync.count == 3
+
+
+def test_lack_of_memory_while_an_error_is_told_hides_no_lost_write() -> None:
+    calls = []
+
+    def sync() -> None:
+        calls.append(1)
+        try:
+            raise OSError(errno.EIO, "no")
+        except OSError:
+            raise MemoryError from None
+
+    commit = GroupCommit(sync)
+    with pytest.raises(MemoryError):
+        commit.flush()
+    with pytest.raises(StorageError):
+        commit.flush()
+    assert len(calls) == 1

@@ -77,7 +77,8 @@ def test_error_of_the_other_thread(cpus: Cpus) -> None:
     syncs.close()
 
 
-def test_no_more_threads(cpus: Cpus, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_no_more_threads(cpus: Cpus, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     made: list[int] = []
     syncs = SyncThread(lambda: made.append(threading.get_native_id()))
 
@@ -88,7 +89,7 @@ def test_no_more_threads(cpus: Cpus, monkeypatch: pytest.MonkeyPatch) -> None:
         assert made == [threading.get_native_id()]
 
     def fail(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+        raise error
 
     Job(work).result()
     syncs.close()
@@ -132,7 +133,7 @@ def test_file_is_closed_after_the_last_sync(cpus: Cpus, tmp_path: Path, monkeypa
     storage.close()
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EPERM, "no"), AttributeError("sched_getaffinity")])
+@pytest.mark.parametrize("error", [OSError(errno.EPERM, "no"), AttributeError("sched_getaffinity"), MemoryError()])
 def test_no_affinity(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """A sandbox, or a system without: no other thread."""
 
