@@ -148,7 +148,7 @@ install:
 uninstall:
 	@test -n "$(PLUGINDIR)" || { echo 'PLUGINDIR= is needed: $(NBDKIT) --dump-config tells none' >&2; exit 1; }
 	rm -rf "$(DESTDIR)$(home)/qedcore" "$(DESTDIR)$(home)/plugin"
-	rmdir "$(DESTDIR)$(home)"
+	if [ -d "$(DESTDIR)$(home)" ]; then rmdir "$(DESTDIR)$(home)"; fi
 	rm -f "$(DESTDIR)$(PLUGINDIR)/nbdkit-qed-plugin" "$(DESTDIR)$(BINDIR)/qed" \
 	    "$(DESTDIR)$(MANDIR)/man1/qed.1" "$(DESTDIR)$(MANDIR)/man1/nbdkit-qed-plugin.1" \
 	    "$(DESTDIR)$(DATADIR)/bash-completion/completions/qed"

@@ -68,5 +68,9 @@ class UnreachableError(StorageError):
     """The server that has the storage cannot be reached now.  Nothing is lost: later requests may work again."""
 
 
+class NotWritableError(StorageError):
+    """The storage may only be read: so says its medium, its permissions, or its server."""
+
+
 class ForeignWriterError(StorageError):
     """Another program has written to an image that is open for writing here."""

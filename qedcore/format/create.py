@@ -14,6 +14,9 @@ from ..storage.file_lock import Use
 from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, check_device_size, round_up
 from .header import FEATURE_BACKING_FILE, FEATURE_NO_PROBE, HEADER_BYTES, MAX_BACKING_NAME, Header
 
+# How file systems say that they have no such thing: hard links (FAT, SMB), or fsync of directories.
+_UNSUPPORTED = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV)
+
 
 def create(
     path: str | os.PathLike[str],
@@ -89,13 +92,40 @@ def replacing(path: str | os.PathLike[str], replace: bool = True) -> Iterator[st
             if replace:
                 os.replace(temporary, path)
             else:
-                os.link(temporary, path)  # fails if somebody else was faster
-            _sync(directory, os.O_RDONLY | os.O_DIRECTORY)  # the name, too
+                _rename_new(temporary, path)
+            _sync_directory(directory)  # the name, too
         except OSError as error:
             raise StorageError(f"cannot create {path}", error) from None
         finally:
             with suppress(OSError):
                 os.unlink(temporary)
+
+
+def _rename_new(temporary: str, path: str) -> None:
+    """Give a file its name, which nobody else may have: FileExistsError if somebody was faster."""
+    try:
+        os.link(temporary, path)
+        return
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    # A file system without hard links.  Whoever makes the name owns it, and it is replaced at once: where a crash
+    # comes between, an empty file is left, which is no image.
+    open(path, "xb").close()
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+def _sync_directory(path: str) -> None:
+    """Make its names durable, where the file system can do that by itself, and the directory may be read."""
+    try:
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno not in (*_UNSUPPORTED, errno.EACCES):
+            raise
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Callable
 
 from ..engine.image import QEDImage
 from ..engine.in_flight import InFlight
-from ..errors import QEDError, StorageError
+from ..errors import NotWritableError, QEDError, StorageError
 from ..locks import Rank, ranked_lock
 from ..storage import Storage
 from ..storage.cache_mode import CacheMode
@@ -117,6 +117,7 @@ class SharedImage:
         self.in_flight = InFlight()  # requests in both (I3)
         self._opener = Opener(locking)
         self._retired: QEDImage | None = None  # the read-only one (I3)
+        self._told = False  # the operator knows that the image may only be read
 
     def enter(self, readonly: bool) -> None:
         """A connection begins; leave() ends it.  Raises QEDError.
@@ -128,16 +129,27 @@ class SharedImage:
             self._waiting.pop()
             if not self._users:
                 self._opener = Opener(self._locking)
-                self.image = self._open(not readonly)
+                self.image = (None if readonly else self._open_writable()) or self._open(False)
             elif not (readonly or self.image.writable):
-                try:
-                    writable = self._open(True)
-                except BaseException:
-                    self._opener.read_only()
-                    raise
-                writable.succeed(self.image)
-                self._retired, self.image = self.image, writable
+                writable = self._open_writable()
+                if writable is not None:
+                    writable.succeed(self.image)
+                    self._retired, self.image = self.image, writable
             self._users += 1
+
+    def _open_writable(self) -> QEDImage | None:
+        """None where the image may only be read: writers are served as readers then."""
+        try:
+            return self._open(True)
+        except BaseException as error:
+            if self._users:
+                self._opener.read_only()
+            if not isinstance(error, NotWritableError):
+                raise
+            if not self._told:
+                self._log(f"{error}: served read-only, as with -r")
+            self._told = True
+            return None
 
     def _open(self, writable: bool) -> QEDImage:
         image = self._open_image(writable, self._opener, self.in_flight)

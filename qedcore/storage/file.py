@@ -13,15 +13,16 @@ from contextlib import suppress
 from functools import cache
 from typing import Callable
 
-from ..errors import StorageError
+from ..errors import NotWritableError, StorageError
 from . import ReadBuffer, WriteBuffer
 from .cache_mode import CacheMode
-from .file_lock import FileLock, Locking, Use
+from .file_lock import FileLock, Locking, NoLocksError, Use
 from .flush import GroupCommit
 from .sync_thread import SyncThread
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, with FALLOC_FL_KEEP_SIZE as it must be
 FAR = 1 << 63  # bytes: past the end of every file
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IOV_BYTES = 1 << 30  # one system call moves less than 2 GiB
 _READAHEAD_BYTES = 128 * 1024  # Linux prefetches no more per call than a device's window, and this is the usual one
 
@@ -66,7 +67,8 @@ class FileStorage:
             info = os.fstat(self.fd)
         except OSError as error:
             self.close()
-            raise StorageError(f"cannot open {self.name}", error) from None
+            kind = NotWritableError if writable and error.errno in _NOT_WRITABLE else StorageError
+            raise kind(f"cannot open {self.name}", error) from None
         if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
             self.close()
             raise StorageError(f"cannot open {self.name}: not a file or block device", code=errno.EINVAL)
@@ -80,14 +82,25 @@ class FileStorage:
 
         Raises LockedError if somebody else uses the file in a way that excludes this; the locks are as before then.
         """
-        if self._lock is None and locking is not Locking.OFF:
+        lock = self._lock
+        if lock is None:
+            if locking is Locking.OFF:
+                return
             lock = FileLock(self.fd, self.name)
-            if lock.works():
-                self._lock = lock
-            elif locking is Locking.ON:
-                raise StorageError(f"cannot lock {self.name}: its file system has no locks", code=errno.ENOTSUP)
-        if self._lock is not None:
-            self._lock.change(use)
+        try:
+            lock.change(use)
+        except NoLocksError:
+            if locking is Locking.ON:
+                raise
+        else:
+            self._lock = lock
+
+    def has_writer(self) -> bool:
+        """Whether somebody else has the file open for writing, as far as locks tell.  Raises StorageError."""
+        try:
+            return FileLock(self.fd, self.name).has_writer()
+        except NoLocksError:
+            return False
 
     def share_lock(self, other: FileStorage) -> None:
         """Lock the file as `other`, which is the same one, has it locked: the two do not exclude each other."""

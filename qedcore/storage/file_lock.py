@@ -18,6 +18,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 
 from ..errors import RequestError, StorageError
 
@@ -41,6 +42,10 @@ class LockedError(StorageError):
     def __init__(self, reason: str, name: str, identity: object) -> None:
         super().__init__(f"{reason}. Is another process using the image [{name}]?", code=errno.EAGAIN)
         self.identity = identity  # Storage.identity() of the file
+
+
+class NoLocksError(StorageError):
+    """The file system has no such locks."""
 
 
 class Use(enum.Enum):
@@ -84,18 +89,8 @@ class FileLock:
         self._name = name
         self._bytes: frozenset[int] = frozenset()  # what is locked
 
-    def works(self) -> bool:
-        """Whether the file system has such locks.  Raises StorageError if it fails otherwise."""
-        try:
-            fcntl.fcntl(self._fd, _GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return False
-            raise StorageError(f"cannot lock {self._name}", error) from None
-        return True
-
     def change(self, use: Use) -> None:
-        """Lock for `use`, and no longer for any other.  Raises LockedError; then all is as before.
+        """Lock for `use`, and no longer for any other.  Raises LockedError and NoLocksError; then all is as before.
 
         Bytes that stay locked are never let go in between: nobody slips in when a reader becomes a writer.
         """
@@ -123,11 +118,12 @@ class FileLock:
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):  # a write lock, which QEMU never takes
                     raise self._locked(f"Failed to lock byte {byte}") from None
-                raise StorageError(f"cannot lock {self._name}", error) from None
+                raise self._failed(error) from None
 
     def _unlock(self, lock_bytes: Iterable[int]) -> None:
         for byte in lock_bytes:
-            fcntl.fcntl(self._fd, _SETLK, struct.pack(_FLOCK, fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
+            with suppress(OSError):  # what the system cannot unlock ends with the descriptor
+                fcntl.fcntl(self._fd, _SETLK, struct.pack(_FLOCK, fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
 
     def _taken(self, byte: int) -> bool:
         """Whether another open file description has the byte locked."""
@@ -135,8 +131,17 @@ class FileLock:
         try:
             found = fcntl.fcntl(self._fd, _GETLK, wanted)
         except OSError as error:
-            raise StorageError(f"cannot lock {self._name}", error) from None
+            raise self._failed(error) from None
         return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
+
+    def has_writer(self) -> bool:
+        """Whether somebody else has the file open for writing.  Raises StorageError, NoLocksError."""
+        return self._taken(_HELD + _WRITE)
+
+    def _failed(self, error: OSError) -> StorageError:
+        if error.errno in _NO_LOCKS:
+            return NoLocksError(f"cannot lock {self._name}: its file system has no locks", code=errno.ENOTSUP)
+        return StorageError(f"cannot lock {self._name}", error)
 
     def _locked(self, reason: str) -> LockedError:
         info = os.fstat(self._fd)

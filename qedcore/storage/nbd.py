@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Callable
 
-from ..errors import StorageError, UnreachableError
+from ..errors import NotWritableError, StorageError, UnreachableError
 from ..locks import Rank, ranked_condition
 from . import ReadBuffer, WriteBuffer
 from .file_lock import LockedError, Locking
@@ -151,7 +151,9 @@ class NbdStorage:
     def allow_writing(self, locking: Locking) -> None:
         """It will be written to, too, and by nobody else on this machine.  Raises StorageError and LockedError."""
         if self._read_only:
-            raise StorageError(f"cannot open {self.name} for writing: the server has it read-only", code=errno.EROFS)
+            raise NotWritableError(
+                f"cannot open {self.name} for writing: the server has it read-only", code=errno.EROFS
+            )
         if self._lock is None and locking is not Locking.OFF and self._export is not None:
             self._lock = lock_export(self._export, self.name, self._identity)
 

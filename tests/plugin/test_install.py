@@ -125,8 +125,9 @@ def test_a_package_is_staged(tmp_path: Path) -> None:
     for name in ("qed", "nbdkit-qed-plugin"):
         page = (stage / f"opt/qed/share/man/man1/{name}.1").read_text()
         assert f".TH {name.upper()} 1" in page.replace('"', "")
-    result = make("uninstall", variables)
-    assert result.rc == 0, result.text
+    for _ in range(2):  # a second time there is nothing to take away
+        result = make("uninstall", variables)
+        assert result.rc == 0, result.text
     assert files(stage) == set()
     assert not (stage / "opt/qed/share/qed").exists()
 

@@ -14,6 +14,7 @@ from support.flight import Flight, check_fates
 from support.patterns import KiB, MiB, Op, assert_same, device, stamp
 from support.qed_image import Built, Geometry, QedFile, assert_sound, read_header
 from support.server import Nbdkit, disconnect, import_nbd, wait_for
+from support.tools import changed_plugin
 
 Serve = Callable[..., Nbdkit]
 CS = 64 * KiB
@@ -246,3 +247,27 @@ def test_read_only_server_of_a_dirty_image(image: Callable[..., Built], serve: S
     client.shutdown()
     server.stop()
     assert built.path.read_bytes() == content
+
+
+@pytest.mark.parametrize("as_directory", [False, True])
+def test_an_image_that_may_only_be_read(
+    tmp_path: Path, image: Callable[..., Built], serve: Serve, as_directory: bool
+) -> None:
+    """No permission to write, or a medium without: clients are served as readers; the log tells, once."""
+    built = image(layout="D")
+    # As root writes to everything here, opening files for writing is made to fail.
+    plugin = changed_plugin(
+        tmp_path,
+        "import errno, os\nreally = os.open\n"
+        "def deny(path, flags, *rest, **more):\n"
+        "    if flags & os.O_ACCMODE and str(path).endswith('.qed'):\n"
+        "        raise OSError(errno.EROFS, os.strerror(errno.EROFS))\n"
+        "    return really(path, flags, *rest, **more)\n"
+        "os.open = deny",
+    )
+    server = serve(dir=tmp_path, plugin=plugin) if as_directory else serve(built.path, plugin=plugin)
+    for _ in range(2):
+        client = server.connect()
+        assert client.is_read_only() and client.pread(KiB, 0) == stamp(1, 0, KiB)
+        client.shutdown()
+    assert server.log().count("served read-only") == 1

@@ -335,3 +335,39 @@ def test_replacing_only_files(tmp_path: Path) -> None:
     for wrong in (tmp_path, "/dev/null", tmp_path / "missing" / "target"):
         with pytest.raises(StorageError, match="cannot create"), replacing(wrong):
             raise AssertionError
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """FAT, exFAT, SMB: it is made all the same, and still never in the place of a file that is there."""
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", fail)
+    qedcore.create(tmp_path / "x.qed", MiB, replace=False)
+    before = listing(tmp_path)
+    assert list(before) == ["x.qed"] and read_header(tmp_path / "x.qed")["image_size"] == MiB
+    with pytest.raises(StorageError) as caught:
+        qedcore.create(tmp_path / "x.qed", 2 * MiB, replace=False)
+    assert caught.value.errno == errno.EEXIST and listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(("code", "works"), [(errno.EINVAL, True), (errno.EACCES, True), (errno.EIO, False)])
+def test_without_fsync_of_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, works: bool
+) -> None:
+    """Some file systems have none; where it fails otherwise, the name may be lost, which is an error."""
+    really = os.fsync
+
+    def fsync(fd: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(code, os.strerror(code))
+        really(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if works:
+        qedcore.create(tmp_path / "x.qed", MiB)
+    else:
+        with pytest.raises(StorageError):
+            qedcore.create(tmp_path / "x.qed", MiB)
