@@ -3,6 +3,7 @@
 I1. The dirty period: NEED_CHECK is durable before the first metadata change, and is cleared only when everything
     is durable and nothing is in flight; new allocations wait until the cleared header is durable too.
 I2. Once a metadata write or a flush has failed, NEED_CHECK stays: the next writable open repairs.
+    Not so while a server cannot be reached: nothing is lost then, and the flag is cleared when it is back.
 I3. Where nothing locks the image, somebody else may write to it.  Who does so changes the header, which is read again
     when a dirty period begins and ends, and when the file grows; from then on nothing is allocated or freed.
 I5. Before the first dirty period all tables were looked at once (census.py).
@@ -15,7 +16,7 @@ import threading
 from contextlib import suppress
 from typing import Callable
 
-from ..errors import CorruptImageError, ForeignWriterError, QEDError, StorageError
+from ..errors import CorruptImageError, ForeignWriterError, QEDError, StorageError, UnreachableError
 from ..format.header import FEATURE_NEED_CHECK, HeaderUpdater
 from ..locks import Rank, ranked_condition
 from ..storage import Storage
@@ -28,8 +29,9 @@ IDLE_SECONDS = 5.0  # QEMU's delay between the last allocation and the clean hea
 class NeedCheckGate:
     """The dirty period (I1, I2).  Every allocating request runs inside `with gate:`.
 
-    The condition protects `_dirty`, `_changing` and `_closed`; it is not held across I/O: `_changing` keeps the
-    others waiting.  The gate is opened under it only, but may be shut without, when another writer is noticed.
+    The condition protects `_dirty`, `_unsure`, `_changing` and `_closed`; it is not held across I/O: `_changing`
+    keeps the others waiting.  The gate is opened under it only, but may be shut without, when another writer is
+    noticed.
     `inside` and `open` are for requests that must be fast: they do these steps of __enter__() themselves.
     I4. A request that finds the gate open takes no lock: it notes itself in `inside`, then looks at `open`.  Who
         shuts the gate clears `open`, then looks at `inside`.  So one of them sees the other; each step is one call
@@ -52,6 +54,7 @@ class NeedCheckGate:
         self._clock = clock
         self._cond = ranked_condition(Rank.GATE)
         self._dirty = header.header.need_check  # NEED_CHECK is set and durable
+        self._unsure = False  # not dirty, but the server could not be reached and may have NEED_CHECK set
         self._changing = False  # a thread is setting or clearing it
         self.open = self._dirty  # dirty, and nobody is changing that
         self.inside: list[None] = []  # an item per allocating request
@@ -95,7 +98,7 @@ class NeedCheckGate:
                 self._cond.wait()
             if self._refusal is not None:
                 raise type(self._refusal)(str(self._refusal))
-            dirty = self._dirty
+            dirty, unsure = self._dirty, self._unsure
             if self._census is None and (dirty or not enter):
                 if enter:
                     self.inside.append(None)
@@ -114,15 +117,16 @@ class NeedCheckGate:
         except BaseException as error:
             if isinstance(error, CorruptImageError):
                 self._refusal = error
-            self._settle(dirty)
+            self._settle(dirty, unsure or (not dirty and isinstance(error, UnreachableError)))
             raise
         if enter:
             self.inside.append(None)
-        self._settle(dirty or enter)
+        self._settle(dirty or enter, unsure and not enter)
 
-    def _settle(self, dirty: bool) -> None:
+    def _settle(self, dirty: bool, unsure: bool = False) -> None:
         with self._cond:
             self._dirty = dirty
+            self._unsure = unsure
             self.open = dirty and self._refusal is None and self._census is None
             self._changing = False
             self._last_use = self._clock()
@@ -131,14 +135,15 @@ class NeedCheckGate:
     def _shut(self, idle: float) -> bool:
         """Let nobody in any more, if nobody is inside and has been for `idle` seconds; _settle() ends it."""
         with self._cond:
-            if not self.open or self._clock() - self._last_use < idle:
+            was_open = self.open
+            if not was_open and not self._unsure or self._changing or self._clock() - self._last_use < idle:
                 return False
             self.open = False
             # In this order: who is inside says without a lock that it has failed, and then leaves (I2).  Not with
             # "or", which would look at the list twice.
             self._changing = not self.inside and not self._failed
             if not self._changing:
-                self.open = True
+                self.open = was_open
                 if self._refusal is not None:  # somebody inside has noticed meanwhile (I3)
                     self.open = False
             return self._changing
@@ -182,21 +187,26 @@ class NeedCheckGate:
         """
         if not self._shut(idle):
             return False
+        dirty, unsure = self._dirty, False  # nobody else changes it now
         try:
             self.refuse_others()
             if self._reclaimer.pending:
                 self._reclaimer.flush()
             self._allocator.trim_tail()  # and flush everything that the flag stands for, before the flag
-        except BaseException:
-            self.fail()
-            self._settle(dirty=True)
+        except BaseException as error:
+            if not isinstance(error, UnreachableError):  # nothing is lost: the next attempt may succeed
+                self.fail()
+            self._settle(dirty, unsure=not dirty)
             raise
         try:
             self._header.set_features(clear=FEATURE_NEED_CHECK)
             # Durable before the next allocation may set it again: else the set could be lost and the clear kept.
             self._storage.flush()
+        except UnreachableError:
+            unsure = True
+            raise
         finally:
-            self._settle(dirty=False)  # after an error the state on disk is unknown: the next period sets it
+            self._settle(dirty=False, unsure=unsure)  # after an error the flag may be either: the next period sets it
         return True
 
     def start_timer(self, report: Callable[[QEDError], None]) -> None:
@@ -210,7 +220,7 @@ class NeedCheckGate:
             with self._cond:
                 if self._closed:
                     return
-                if not self._dirty or self._failed:
+                if not (self._dirty or self._unsure) or self._failed:
                     self._cond.wait()
                     continue
                 # Not woken by each allocation: it looks again when the oldest possible deadline is over.

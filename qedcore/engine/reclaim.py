@@ -23,7 +23,7 @@ from ..check.cluster_use import ClusterUse
 from ..errors import StorageError, UnreachableError
 from ..format.geometry import Bounds, Geometry
 from ..locks import Rank, ranked_lock
-from ..storage import Storage
+from ..storage import Storage, in_doubt
 from ..units import MiB
 from .free_map import CLEAN, USED, FreeMap
 from .in_flight import InFlight
@@ -103,7 +103,17 @@ class Reclaimer:
     def release(self, extent: Extent) -> None:
         """Take back clusters that were never linked, neither in memory nor on disk."""
         with self._lock:
-            self._free.add(extent.offset >> self._geometry.l2_shift, extent.n, USED)
+            self._give_back(extent.offset >> self._geometry.l2_shift, extent.n, USED)
+
+    def _give_back(self, cluster: int, n: int, state: int) -> None:
+        """These are free now.  Lock held.
+
+        Not where a server may still carry out a write that it has never answered: it would overwrite whatever is
+        there by then.  Such clusters count as used until the next opening.
+        """
+        shift = self._geometry.l2_shift
+        if not in_doubt(self._storage, cluster << shift, n << shift):
+            self._free.add(cluster, n, state)
 
     def free(self, extent: Extent) -> None:
         """Take back data clusters that were just unlinked, on disk and in memory.  Raises StorageError."""
@@ -136,7 +146,7 @@ class Reclaimer:
         with self._lock:
             for extent, is_hole in punched:
                 cluster = extent.offset >> self._geometry.l2_shift
-                self._free.add(cluster, extent.n, CLEAN if is_hole else USED)
+                self._give_back(cluster, extent.n, CLEAN if is_hole else USED)
                 self.pending -= extent.n
 
     def worth_a_flush(self) -> bool:
@@ -176,7 +186,8 @@ class Reclaimer:
                 self._free.add(*found)
                 self._clean_some()
                 found = self._free.take(n)
-                assert found is not None
+                if found is None:  # the server could not be reached
+                    return None
             cluster, n, state = found
         return Extent(cluster << self._geometry.l2_shift, n, state == CLEAN)
 
@@ -202,7 +213,7 @@ class Reclaimer:
                 state = CLEAN
         finally:
             for cluster, n in taken:
-                self._free.add(cluster, n, state)
+                self._give_back(cluster, n, state)
 
     # -- the end of the file -------------------------------------------------------------------------------------
 

@@ -229,6 +229,6 @@ class HeaderUpdater:
         try:
             self._storage.pwrite(header.pack() + name, 0)
         except StorageError as error:
-            raise StorageError(f"failed to update header: {error}", code=error.errno or errno.EIO) from None
+            raise type(error)(f"failed to update header: {error}", code=error.errno or errno.EIO) from None
         self.header = header
         self._certain = True

@@ -71,6 +71,15 @@ def drop_cache(storage: Storage) -> None:
         drop()
 
 
+def in_doubt(storage: Storage, offset: int, length: int) -> bool:
+    """Whether a write somewhere in this range ended without an answer and may still be carried out, at any time.
+
+    Only a server can do that, after the connection to it was lost.  Such a place is used for nothing else.
+    """
+    ask = getattr(storage, "in_doubt", None)
+    return ask is not None and bool(ask(offset, length))
+
+
 def close_all(storages: Iterable[Storage]) -> None:
     """Close each of them, whatever happens to the others.  Raises the first error."""
     failure: StorageError | None = None

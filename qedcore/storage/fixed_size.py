@@ -18,7 +18,7 @@ from functools import partial
 
 from ..errors import StorageError
 from ..units import MiB
-from . import ReadBuffer, Storage, WriteBuffer, drop_cache
+from . import ReadBuffer, Storage, WriteBuffer, drop_cache, in_doubt
 
 _ZEROS = bytes(MiB)
 
@@ -40,6 +40,7 @@ class FixedSizeStorage:
         self.flush = inner.flush
         self.close = inner.close
         self.drop_cache = partial(drop_cache, inner)
+        self.in_doubt = partial(in_doubt, inner)
 
     def size(self) -> int:
         return self._size

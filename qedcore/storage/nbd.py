@@ -4,16 +4,22 @@ I1-I4 as in the contract.  The size is fixed.  NBD has no locks: only the progra
 server at the same address keep each other from writing to one export (lock_export).
 
 A lost connection is made again, and then
-I5. every write that was answered since the last flush is sent again, in order, before anything else: the server may
-    have crashed and lost it.  Writes are kept in memory for that; when there are many, a flush is made.
-I6. requests that had no answer are sent again; all of them may be repeated without harm.
+I5. what was written and answered since the last flush is sent again, before anything else: the server may have
+    crashed and lost it.  The newest version of each byte is kept in memory for that (ReplayLog); when that is much, a
+    flush is made.  Older versions are never sent: if this program is killed on the way, a server that has not crashed
+    has no value that an answered write had replaced.
+I6. Requests that had no answer are sent again; all of them may be repeated without harm.  An answer counts only as
+    long as its connection is the present one: the next one may have begun without that write.
 I7. While the server stays away, requests fail after a while, but a failed flush is not a lost one: what it was for
     is still kept, so a flush that succeeds after the server has come back tells the truth.
 I8. What a failed write has left behind is not undone by sending older ones again, once somebody may have read it.
+I9. Of two writes to one place the one that is answered last is the newer one, here and on the server: if they were
+    in flight together, it is sent once more, because nobody else can tell in which order they were carried out.
 A server that has no flush is believed: what it has answered counts as durable.
 
 One thing cannot be helped: where the network fails, rather than the server, the server may find and carry out an old
-request after a later one of the new connection.
+request after a later one of the new connection.  The storage remembers where (in_doubt()), so that the allocator does
+not put other data there.
 """
 
 from __future__ import annotations
@@ -31,15 +37,14 @@ from ..locks import Rank, ranked_condition
 from . import ReadBuffer, WriteBuffer
 from .file_lock import LockedError, Locking
 from .flush import GroupCommit
-from .nbd_link import Link, LinkLost, Peer, explained, import_nbd, text_of
-from .ranges import BusyRanges
+from .nbd_link import LARGEST, Link, LinkLost, Offer, Peer, Submit, explained, import_nbd, text_of
+from .ranges import BusyRanges, RangeSet
+from .replay_log import ReplayLog
 
 PATIENCE = 30.0  # seconds: how long a request waits for a server that has gone away
 KEPT_BYTES = 64 << 20  # of writes that were not flushed
-_LARGEST = 32 << 20  # bytes per request: what every server must take
 _RETRY_PAUSE = 0.25  # seconds
 _HANDSHAKE = 10.0  # seconds, at least, that a server has for it
-_OVERHEAD = 200  # bytes that keeping a write takes besides its data
 _LOSSES = 5  # connections that one request may lose: it may be what kills the server
 
 
@@ -62,23 +67,21 @@ class UriPeer:
 
 
 class _Write:
-    """A write, kept until it is durable: zeros if `data` is None.  Lengths and offsets in bytes."""
+    """A write in flight: zeros if `data` is None."""
 
-    __slots__ = ("answered", "cost", "data", "length", "offset")
+    __slots__ = ("data", "end", "offset", "overtaken")
 
     def __init__(self, offset: int, length: int, data: bytes | None) -> None:
-        self.offset = offset
-        self.length = length
+        self.offset = offset  # bytes
+        self.end = offset + length  # bytes
         self.data = data
-        self.cost = len(data or b"") + _OVERHEAD  # bytes
-        self.answered = False
+        self.overtaken = False  # another one to the same place was answered meanwhile (I9)
 
-
-def _send(write: _Write, handle: Any, done: Callable[[Any], int]) -> None:
-    if write.data is None:
-        handle.aio_zero(write.length, write.offset, done)
-    else:
-        handle.aio_pwrite(write.data, write.offset, done)
+    def send(self, handle: Any, done: Callable[[Any], int]) -> None:
+        if self.data is None:
+            handle.aio_zero(self.end - self.offset, self.offset, done)
+        else:
+            handle.aio_pwrite(self.data, self.offset, done)
 
 
 def _receive(view: memoryview, offset: int, handle: Any, done: Callable[[Any], int]) -> None:
@@ -116,29 +119,27 @@ class NbdStorage:
         self._cond = ranked_condition(Rank.STORAGE)  # protects everything below; not held across I/O
         self._connecting = False
         self._closed = False
-        self._kept: dict[_Write, None] = {}  # in order
-        self._kept_bytes = 0
+        self._log = ReplayLog()
+        self._writing: dict[_Write, None] = {}
+        self._doubts = RangeSet()  # where a write had no answer
         self._link: Link | None = None
         self._failures = 0  # attempts to connect again that were given up
         self._failure = ""
-        self._size: int | None = None
+        self._writable = False
         try:
             self._nbd = import_nbd()
-            self._link = link = self._connect(_HANDSHAKE)
+            self._link = link = self._connect(_HANDSHAKE, None)
         except BaseException as error:
             peer.close()
             if isinstance(error, LinkLost):
                 raise StorageError(f"cannot open {name}: {error}") from None
             raise
-        handle = link.handle
-        largest = handle.get_block_size(self._nbd.SIZE_MAXIMUM) or _LARGEST
-        self._block = max(handle.get_block_size(self._nbd.SIZE_MINIMUM), 1)  # bytes: the unit of requests
-        self._largest = max(min(largest, _LARGEST) // self._block, 1) * self._block  # bytes of data per request
-        self._can_flush = bool(handle.can_flush()) and not no_flush
-        self._can_zero = bool(handle.can_zero())
-        self._can_tell_zeros = bool(handle.can_meta_context("base:allocation"))
+        self._offer = offer = link.offer  # later connections may not offer less
+        self._size = offer.size
+        self._block = offer.block
+        self._largest = max(offer.largest // self._block, 1) * self._block  # bytes of data per request
+        self._can_flush = offer.can_flush and not no_flush
         self._commit = GroupCommit(self._sync)
-        self._read_only = bool(handle.is_read_only())
         self._export = link.peer  # now: there may be no link when somebody wants to write
         self._lock: socket.socket | None = None
         if writable:
@@ -150,12 +151,13 @@ class NbdStorage:
 
     def allow_writing(self, locking: Locking) -> None:
         """It will be written to, too, and by nobody else on this machine.  Raises StorageError and LockedError."""
-        if self._read_only:
+        if not self._offer.can_write:
             raise NotWritableError(
                 f"cannot open {self.name} for writing: the server has it read-only", code=errno.EROFS
             )
         if self._lock is None and locking is not Locking.OFF and self._export is not None:
             self._lock = lock_export(self._export, self.name, self._identity)
+        self._writable = True
 
     def unlock(self) -> None:
         """It will not be written to after all.  A second call does nothing."""
@@ -165,33 +167,73 @@ class NbdStorage:
 
     # -- the connection ----------------------------------------------------------------------------------------
 
-    def _connect(self, seconds: float) -> Link:
+    def _connect(self, seconds: float, before: Offer | None) -> Link:
         """Raises LinkLost, after `seconds` if the server does not answer."""
         link = Link(self._peer, seconds)
-        size = link.handle.get_size()
-        if self._size is not None and self._size != size:
-            link.close()
-            raise LinkLost(f"it has {size} bytes now, not {self._size}: another export")
-        self._size = size
         try:
+            problem = before and link.offer.problem(before, self._writable)
+            if problem:
+                raise LinkLost(problem)
             link.keep_alive(self._patience)
         except OSError as error:
             link.close()
             raise LinkLost(text_of(error)) from None
+        except BaseException:
+            link.close()
+            raise
         return link
 
-    def _call(self, submit: Callable[[Any, Callable[[Any], int]], object]) -> None:
-        """Carry out a request, on as many connections as it takes.  Raises OSError and UnreachableError."""
-        for _ in range(_LOSSES):
+    def _call(self, submit: Submit, write: _Write | None = None) -> None:
+        """Carry out a request, on as many connections as it takes.  Raises OSError and UnreachableError.
+
+        A `write` is noted in the log when it is answered.
+        """
+        losses = 0
+        while losses < _LOSSES:
             link = self._connected()
             try:
-                return link.call(submit)
+                link.call(submit)
             except LinkLost:
+                losses += 1
+                self._doubt(write)
                 with self._cond:
                     if self._link is link:
                         self._link = None
                 link.close()
+            except OSError:  # the answer
+                raise
+            except BaseException:  # a signal's: the request is on its way
+                self._doubt(write)
+                raise
+            else:
+                if write is None or self._note(write, link):
+                    return
         raise UnreachableError(f"{self.name}: the connection was lost {_LOSSES} times during one request")
+
+    def _note(self, write: _Write, link: Link) -> bool:
+        """The write was answered on this link: it need not be sent again, unless False."""
+        with self._cond:
+            if self._link is not link and not self._closed:
+                return False  # the next link may have been given the log already, without this one (I6)
+            if write.overtaken:
+                write.overtaken = False
+                return False  # the server may have it before or after the other one (I9)
+            self._log.add(write.offset, write.end - write.offset, write.data)
+            for other in self._writing:
+                if other.offset < write.end and write.offset < other.end and other is not write:
+                    other.overtaken = True
+        return True
+
+    def _doubt(self, write: _Write | None) -> None:
+        """The write has no answer: the server may carry it out at any time, even if it is sent again."""
+        if write is not None:
+            with self._cond:
+                self._doubts.add(write.offset, write.end)
+
+    def in_doubt(self, offset: int, length: int) -> bool:
+        """Whether a server may still carry out a write there that it has never answered (see storage.in_doubt)."""
+        with self._cond:
+            return self._doubts.overlaps(offset, offset + length)
 
     def _connected(self) -> Link:
         """The link; the first who finds it lost makes it again, and the others wait.  Raises UnreachableError."""
@@ -229,7 +271,7 @@ class NbdStorage:
         deadline = self._clock() + patience
         while True:
             try:
-                link = self._connect(max(self._patience, _HANDSHAKE))
+                link = self._connect(max(self._patience, _HANDSHAKE), self._offer)
                 try:
                     self._replay(link)
                     return link
@@ -242,19 +284,23 @@ class NbdStorage:
                 self._pause(_RETRY_PAUSE)
 
     def _replay(self, link: Link) -> None:
-        """Send what was written since the last flush (I5).  Raises LinkLost."""
+        """Send what was written since the last flush (I5).  Raises LinkLost.
+
+        Nothing is added to the log meanwhile, because there is no link.  A crash of this program anywhere here leaves
+        each byte as the server has it or as the newest answered write made it.  If this link is lost, too, all of it
+        is sent again on the next one: nothing leaves the log before a flush is answered.
+        """
         with self._cond:
-            kept = list(self._kept)
-        for write in kept:
+            pieces = list(self._log)
+        for piece in pieces:
             try:
-                link.call(partial(_send, write))
+                link.call(_Write(*piece[:3]).send)
             except OSError as error:
                 raise LinkLost(f"a write that it may have lost failed: {error.strerror}") from None
 
     # -- requests ----------------------------------------------------------------------------------------------
 
     def size(self) -> int:
-        assert self._size is not None
         return self._size
 
     def pread_into(self, buf: WriteBuffer, offset: int) -> None:
@@ -305,11 +351,11 @@ class NbdStorage:
 
     def punch(self, offset: int, length: int) -> bool:
         """Zeros in a range of whole blocks, whose space the server may give back; False where it cannot."""
-        if not self._can_zero or offset % self._block or length % self._block:
+        if not self._offer.can_zero or offset % self._block or length % self._block:
             return False
         try:
             with self._busy.hold(offset, offset + length, False):
-                step = max(_LARGEST // self._block, 1) * self._block  # the limit of the server is for data
+                step = max(LARGEST // self._block, 1) * self._block  # the limit of the server is for data
                 for at in range(offset, offset + length, step):
                     self._write(_Write(at, min(step, offset + length - at), None))
         except OSError as error:
@@ -319,27 +365,26 @@ class NbdStorage:
         return True
 
     def _write(self, write: _Write) -> None:
-        if self._can_flush:
-            if self._kept_bytes > KEPT_BYTES:
-                self.flush()
-            with self._cond:
-                # Before it is sent: a link that is lost after the answer must find it here (I5).
-                self._kept[write] = None
-                self._kept_bytes += write.cost
+        if not self._can_flush:
+            return self._call(write.send)
+        if self._log.cost > KEPT_BYTES:
+            self.flush()
+        with self._cond:
+            self._writing[write] = None
         try:
-            self._call(partial(_send, write))
+            self._call(write.send, write)
         except BaseException as error:
-            self._forget([write])
             if not isinstance(error, UnreachableError):
                 self._settle(write)
             raise
-        write.answered = True
+        finally:
+            with self._cond:
+                del self._writing[write]
 
     def _settle(self, failed: _Write) -> None:
         """The server has refused a write, and may have carried out some of it: what is there now must stay (I8)."""
-        end = failed.offset + failed.length
         with self._cond:
-            older = any(w.offset < end and failed.offset < w.offset + w.length for w in self._kept)
+            older = self._log.overlaps(failed.offset, failed.end - failed.offset)
         if older:
             try:
                 self.flush()
@@ -355,23 +400,18 @@ class NbdStorage:
 
     def _sync(self) -> None:
         with self._cond:
-            covered = [write for write in self._kept if write.answered]
+            epoch = self._log.begin_flush()
         try:
             self._call(lambda handle, done: handle.aio_flush(done))
         except OSError as error:
             raise explained(f"cannot flush {self.name}", error) from None
-        self._forget(covered)
-
-    def _forget(self, writes: list[_Write]) -> None:
+        # Only now: a server that has crashed before it answered needs all of it again.
         with self._cond:
-            for write in writes:
-                if write in self._kept:
-                    del self._kept[write]
-                    self._kept_bytes -= write.cost
+            self._log.flushed(epoch)
 
     def data_run(self, offset: int, length: int) -> tuple[bool, int]:
         """(has data, bytes) of the run at `offset`; data everywhere if the server cannot tell."""
-        if not self._can_tell_zeros or offset + length > self.size():
+        if not self._offer.can_tell_zeros or offset + length > self.size():
             return True, length
         found: list[int] = []
 
@@ -379,7 +419,7 @@ class NbdStorage:
             found[:] = entries[:2]
             return 0
 
-        start, end = self._blocks(offset, min(length, _LARGEST))
+        start, end = self._blocks(offset, min(length, LARGEST))
         try:
             self._call(lambda handle, done: handle.aio_block_status(end - start, start, take, done))
         except OSError:

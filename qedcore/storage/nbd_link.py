@@ -19,11 +19,12 @@ import os
 import select
 import socket
 import time
-from typing import Any, Callable, Protocol
+from typing import Any, Callable, NamedTuple, Protocol
 
 from ..errors import StorageError, UnsupportedError
 from ..locks import Rank, ranked_condition, ranked_lock
 
+LARGEST = 32 << 20  # bytes per request: what every server must take
 _LOST = (errno.ENOTCONN, errno.ESHUTDOWN)  # no answer; the server refuses because it is about to end
 
 
@@ -54,6 +55,45 @@ class Peer(Protocol):
 
 class LinkLost(Exception):
     """The connection broke before the answer came: the request may or may not have been carried out."""
+
+
+Submit = Callable[[Any, Callable[[Any], int]], object]  # (handle, completion): call one of libnbd's aio functions
+
+
+class Offer(NamedTuple):
+    """What a server offers for an export."""
+
+    size: int  # bytes
+    block: int  # bytes: the unit of requests
+    largest: int  # bytes of data per request
+    can_write: bool
+    can_flush: bool
+    can_zero: bool
+    can_tell_zeros: bool
+
+    @classmethod
+    def of(cls, handle: Any, nbd: Any) -> Offer:
+        return cls(
+            handle.get_size(),
+            max(handle.get_block_size(nbd.SIZE_MINIMUM), 1),
+            min(handle.get_block_size(nbd.SIZE_MAXIMUM) or LARGEST, LARGEST),
+            not handle.is_read_only(),
+            bool(handle.can_flush()),
+            bool(handle.can_zero()),
+            bool(handle.can_meta_context("base:allocation")),
+        )
+
+    def problem(self, old: Offer, writing: bool) -> str | None:
+        """Why requests that suited the server when it offered `old` may not suit it now."""
+        if self.size != old.size:
+            return f"it has {self.size} bytes now, not {old.size}: another export"
+        if self.block > old.block or self.largest < old.largest:
+            return f"its requests are of {self.block} to {self.largest} bytes now: another export"
+        if writing and not self.can_write:
+            return "it is read-only now"
+        if writing and (self.can_flush < old.can_flush or self.can_zero < old.can_zero):
+            return "it cannot flush or write zeros any more: another server"
+        return None
 
 
 class _Request:
@@ -96,6 +136,7 @@ class Link:
             self.handle.add_meta_context("base:allocation")
             peer.begin(self.handle)
             self._wait_until_ready(time.monotonic() + seconds)
+            self.offer = Offer.of(self.handle, nbd)
             self.peer = self._name_peer()  # the export, named alike by all clients on this machine, if it can be
         except (nbd.Error, OSError) as error:
             self.close()
@@ -132,7 +173,7 @@ class Link:
                 return None  # a private one, or relative to the directory of its server
             return f"{sock.family.name} {address} {export}"
 
-    def call(self, submit: Callable[[Any, Callable[[Any], int]], object]) -> None:
+    def call(self, submit: Submit) -> None:
         """Carry out one request: submit(handle, completion) calls one of libnbd's aio functions.
 
         Raises OSError with the server's errno, or LinkLost.

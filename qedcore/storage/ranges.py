@@ -1,4 +1,7 @@
-"""BusyRanges: keeps writes apart that share a block of which one of them must read the rest first."""
+"""BusyRanges: keeps writes apart that share a block of which one of them must read the rest first.
+
+RangeSet: ranges that are remembered for good, in bounded memory.
+"""
 
 from __future__ import annotations
 
@@ -29,3 +32,23 @@ class BusyRanges:
             with self._cond:
                 self._busy.remove(mine)
                 self._cond.notify_all()
+
+
+class RangeSet:
+    """Ranges of bytes.  Not thread-safe: its owner has a lock.
+
+    When there are many it takes what lies between them for members, too.
+    """
+
+    LIMIT = 1024  # ranges
+
+    def __init__(self) -> None:
+        self._ranges: set[tuple[int, int]] = set()  # (start, end), bytes
+
+    def add(self, start: int, end: int) -> None:
+        self._ranges.add((start, end))
+        if len(self._ranges) > self.LIMIT:
+            self._ranges = {(min(s for s, _ in self._ranges), max(e for _, e in self._ranges))}
+
+    def overlaps(self, start: int, end: int) -> bool:
+        return any(s < end and start < e for s, e in self._ranges)

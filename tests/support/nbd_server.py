@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 READ, WRITE, DISC, FLUSH, ZERO = 0, 1, 2, 3, 6
+HAS_FLAGS, READ_ONLY, CAN_FLUSH, CAN_FUA, CAN_ZERO, CAN_MULTI_CONN = 1, 2, 4, 8, 64, 256
 _REQUEST = struct.Struct(">IHHQQI")
 
 
@@ -27,6 +28,10 @@ class Request(NamedTuple):
 
 class Crash(Exception):
     """Raised by the hook: the server is gone, before it has done anything about the request."""
+
+
+class Disconnect(Exception):
+    """Raised by the hook: the connections are lost before the answer, but the server is not: it carries this out."""
 
 
 class CrashAfter(Exception):
@@ -47,14 +52,18 @@ class FakeServer:
     def __init__(self, path: Path, content: bytes, hook: Callable[[Request], object] = lambda request: None) -> None:
         self.path = path
         self.hook = hook
+        self.after: Callable[[Request], object] = lambda request: None  # asked when it was carried out
         self.durable = bytes(content)
         self.now = bytearray(content)
         self.block = 1  # bytes: the unit of requests
+        self.largest = 32 << 20  # bytes per request
+        self.flags = HAS_FLAGS | CAN_FLUSH | CAN_FUA | CAN_ZERO
         self.connections = 0
         self.log: list[Request] = []
         self._lock = threading.Lock()
         self._listener: socket.socket | None = None
         self._open: list[socket.socket] = []
+        self._crashes = 0
 
     @property
     def uri(self) -> str:
@@ -73,12 +82,22 @@ class FakeServer:
     def crash(self) -> None:
         with self._lock:
             self.path.unlink(missing_ok=True)
-            for broken in [self._listener, *self._open]:
-                if broken is not None:
-                    with suppress(OSError):  # the client may have left
-                        broken.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
+            self._crashes += 1
+            if self._listener is not None:
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
             self._listener = None
-            self._open.clear()
+            self._cut()
+
+    def disconnect(self) -> None:
+        """The network fails: the server has lost nothing, and carries out what it has been asked."""
+        with self._lock:
+            self._cut()
+
+    def _cut(self) -> None:
+        for broken in self._open:
+            with suppress(OSError):  # the client may have left
+                broken.shutdown(socket.SHUT_RDWR)
+        self._open.clear()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -105,7 +124,7 @@ class FakeServer:
                     if kind == DISC:
                         return
                     request = Request(kind, offset, length, stream.read(length) if kind == WRITE else b"")
-                    answer = (connection, lock, handle, request)
+                    answer = (connection, lock, handle, request, self._crashes)
                     threading.Thread(target=self._answer, args=answer, daemon=True).start()
         except (OSError, struct.error, ValueError):
             pass
@@ -126,13 +145,15 @@ class FakeServer:
                 connection.sendall(head + data)
 
             if option == 7:  # GO
-                reply(3, struct.pack(">HQH", 0, len(self.now), 1 | 4 | 8 | 64))  # flush, FUA, zeroes
-                reply(3, struct.pack(">HIII", 3, self.block, 4096, 32 << 20))
+                reply(3, struct.pack(">HQH", 0, len(self.now), self.flags))
+                reply(3, struct.pack(">HIII", 3, self.block, 4096, self.largest))
                 reply(1)
                 return
             reply(0x80000001)  # not supported
 
-    def _answer(self, connection: socket.socket, lock: threading.Lock, handle: int, request: Request) -> None:
+    def _answer(
+        self, connection: socket.socket, lock: threading.Lock, handle: int, request: Request, crashes: int
+    ) -> None:
         code, data, after, refused = 0, b"", False, False
         try:
             self.hook(request)
@@ -145,9 +166,11 @@ class FakeServer:
             return
         except CrashAfter:
             after = True
+        except Disconnect:
+            self.disconnect()
         with self._lock:
-            if connection not in self._open:
-                return  # it has crashed meanwhile
+            if crashes != self._crashes:
+                return
             if not refused:
                 self.log.append(request)
                 data = self._carry_out(request)
@@ -155,6 +178,7 @@ class FakeServer:
         if after:
             self.crash()
             return
+        self.after(request)
         with lock:
             try:
                 connection.sendall(struct.pack(">IIQ", 0x67446698, code, handle) + data)

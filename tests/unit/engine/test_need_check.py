@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,10 +15,10 @@ from qedcore.engine.allocator import Allocator
 from qedcore.engine.in_flight import InFlight
 from qedcore.engine.need_check import IDLE_SECONDS, NeedCheckGate
 from qedcore.engine.reclaim import Reclaimer
-from qedcore.errors import ForeignWriterError, QEDError, StorageError
+from qedcore.errors import ForeignWriterError, QEDError, StorageError, UnreachableError
 from qedcore.format.geometry import Bounds, Geometry
 from qedcore.format.header import Header, HeaderUpdater
-from unit.fakes import WAIT, Call, FailAt, Gate, Hook, Interrupted, Job, MemoryStorage, Tap, Waits
+from unit.fakes import CHANGES, WAIT, Call, FailAt, Gate, Hook, Interrupted, Job, MemoryStorage, Tap, Waits
 
 CS = 4096
 
@@ -166,6 +167,37 @@ def test_failure_to_set(make: Callable[..., Dirty], n: int, late: bool) -> None:
         assert dirty.take_log() == ["set", "flush"]
         assert dirty.on_disk
     assert dirty.gate.clear()  # nothing counts as in flight
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 6, 7], ids=["set", "flush", "cut", "second flush", "clear", "last flush"])
+@pytest.mark.parametrize("late", [False, True])
+def test_server_that_is_away_for_a_moment(make: Callable[..., Dirty], n: int, late: bool) -> None:
+    """At any step of a dirty period: NEED_CHECK does not stay set for good, and is set when it must be."""
+    steps = itertools.count(1)
+
+    def hook(call: Call) -> StorageError | None:
+        if call.name in CHANGES and next(steps) == n:
+            if late:
+                return UnreachableError("away")
+            raise UnreachableError("away")
+        return None
+
+    dirty = make(hook=hook)
+
+    def period() -> None:
+        with dirty.gate:
+            assert dirty.on_disk
+            if n > 2:
+                dirty.allocator.allocate(1)
+        dirty.gate.clear()
+
+    with pytest.raises(UnreachableError):
+        period()
+    if n % 2:  # with another allocation, or without
+        with dirty.gate:
+            assert dirty.on_disk
+    dirty.gate.close()
+    assert not dirty.on_disk and not dirty.header.header.need_check
 
 
 def test_failure_to_set_wakes_those_who_wait(make: Callable[..., Dirty]) -> None:
