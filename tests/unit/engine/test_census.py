@@ -27,7 +27,7 @@ from qedcore.engine.census import Census
 from qedcore.engine.image import QEDImage
 from qedcore.errors import CorruptImageError, StorageError
 from qedcore.format.table import Table
-from qedcore.maintenance.compact import tidy
+from qedcore.maintenance.tidy import tidy
 from unit.fakes import Call, Gate, Job, MemoryStorage, open_tapped
 
 CS = 64 * 1024
