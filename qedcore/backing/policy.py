@@ -87,16 +87,21 @@ class BackingPolicy(NamedTuple):
         except OSError:
             return real  # opening it will tell
         if stat.S_ISBLK(mode):
-            if self.follow != "any" and not self.dirs:
-                raise UnsupportedError(
-                    f"{what} is a block device: allow that with backing=any, or backing-dir={os.path.realpath(path)}"
-                )
+            self._check_device(path, what)
         elif not stat.S_ISREG(mode):  # opening a character device may already do something
             raise StorageError(f"cannot open {path}: not a file or block device", code=errno.EINVAL)
         return real
 
+    def _check_device(self, path: str, what: str) -> None:
+        if self.follow != "any" and not self.dirs:
+            raise UnsupportedError(
+                f"{what} is a block device: allow that with backing=any, or backing-dir={os.path.realpath(path)}"
+            )
+
     def check_opened(self, real: str, storage: Storage, what: str) -> None:
         """Raise UnsupportedError if what was opened is not what admit() has looked at: somebody moves things."""
+        if storage.fixed_size:  # the answer of the descriptor counts, not that of the path
+            self._check_device(real, what)
         if self.dirs:
             info = os.lstat(real)
             if os.path.realpath(real) != real or storage.identity() != (info.st_dev, info.st_ino):

@@ -211,6 +211,8 @@ class ImageDirectory:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             fd = os.open(os.path.join(self._directory, entry.name), flags)
             try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):  # it was replaced meanwhile
+                    return None
                 data = os.pread(fd, HEADER_BYTES, 0)
             finally:
                 os.close(fd)

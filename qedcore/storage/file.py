@@ -63,19 +63,26 @@ class FileStorage:
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
         flags |= self.open_flags
         try:
+            if stat.S_ISCHR(os.stat(self.name).st_mode):  # opening one may already do something
+                raise self._wrong_kind()
             self.fd = os.open(self.name, flags)
-            info = os.fstat(self.fd)
+            info = os.fstat(self.fd)  # of what was opened: somebody may have put it there meanwhile
+            if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
+                raise self._wrong_kind()
         except OSError as error:
             self.close()
             kind = NotWritableError if writable and error.errno in _NOT_WRITABLE else StorageError
             raise kind(f"cannot open {self.name}", error) from None
-        if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
+        except StorageError:
             self.close()
-            raise StorageError(f"cannot open {self.name}: not a file or block device", code=errno.EINVAL)
+            raise
         self._lock: FileLock | None = None
         self.fixed_size = not stat.S_ISREG(info.st_mode)
         self._identity = (info.st_dev, info.st_ino)
         self._commit = GroupCommit(self._ignore_flush if mode.no_flush else self._syncs.sync)
+
+    def _wrong_kind(self) -> StorageError:
+        return StorageError(f"cannot open {self.name}: not a file or block device", code=errno.EINVAL)
 
     def lock(self, use: Use, locking: Locking = Locking.AUTO) -> None:
         """Lock the file for `use` until it is closed, or as long as `use` is not changed.

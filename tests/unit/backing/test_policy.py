@@ -14,7 +14,7 @@ from support.qed_image import Built
 import qedcore
 from qedcore.backing.foreign import FOREIGN_FORMATS
 from qedcore.backing.policy import BackingPolicy
-from qedcore.errors import RequestError, StorageError, UnsupportedError
+from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
 from qedcore.storage import Storage
 from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.open import open_storage
@@ -158,6 +158,37 @@ def test_special_files_are_not_opened(image: Image, tmp_path: Path) -> None:
             with pytest.raises(StorageError, match="not a file or block device"):
                 qedcore.open_image(built.path, policy=policy, opener=opener)
         assert opened == [str(built.path)] * 3
+
+
+@pytest.mark.parametrize("kind", ["block device", "fifo", "character device", "directory"])
+def test_file_that_is_exchanged_for_something_else(image: Image, tmp_path: Path, kind: str) -> None:
+    """Just before it is opened: what counts is what was opened, and no open hangs."""
+    device = next((node for node in Path("/dev").glob("loop[0-9]*")), None)
+    if kind == "block device" and (device is None or not os.access(device, os.R_OK)):
+        pytest.skip("no block device to read from")
+    base = raw(tmp_path / "base")
+    built = image(backing="base", no_probe=True)
+    stat = os.stat
+
+    def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
+        if path.endswith(".qed"):
+            return open_storage(path, writable, mode)
+        with pytest.MonkeyPatch.context() as patch:
+            before = stat(base)
+            base.unlink()
+            if kind == "fifo":
+                os.mkfifo(base)
+            elif kind == "directory":
+                base.mkdir()
+            else:
+                base.symlink_to("/dev/null" if kind == "character device" else str(device))
+            patch.setattr(os, "stat", lambda path, **options: before if path == str(base) else stat(path, **options))
+            return open_storage(path, writable, mode)
+
+    before = open_fds()
+    with pytest.raises(QEDError, match="is a block device" if kind == "block device" else "not a file or block"):
+        qedcore.open_image(built.path, opener=opener)
+    assert open_fds() == before
 
 
 def test_block_devices_need_permission(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
