@@ -1,17 +1,21 @@
-"""Which header do the tables of a file belong to: found by trial.
+"""What a damaged header field was: found by trial, and believed only where the file allows no other reading.
 
-A candidate is a header that differs from the one in the file in one field, or in two if both are impossible.  It
-fits if something is mapped, and nothing past the end of the device is.  Entries may be wrong, as there may be other
-damage; and where none is, that proves little: with clusters of half the size all entries are valid, too, but half
-of the file then belongs to nobody.  So what a candidate cannot explain is counted in bytes, and the one that leaves
-by far the least is taken, if there is one.
+A candidate differs from the header in the file in one field, or in both sizes if both are impossible.  It is proven
+if every cluster of the file has exactly one use under it: each other reading leaves clusters that nothing explains.
+
+I1. A header that is valid, and under which no entry is wrong, is right.  Leaks, holes and zeros say nothing: a sound
+    file may have them anywhere, and old tables among them.
+I2. Tables that are blank in their second halves could as well be half as long.  Such a table_size is proven only if
+    that makes no difference to what is mapped.
+I3. image_size is not known to the tables.  If it is impossible, and one wrong bit explains that, then no other one
+    bit does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from ..check.scan import Damage, Scan, ScanResult
 from ..errors import ImageFormatError, QEDError
@@ -22,21 +26,19 @@ from ..format.geometry import (
     MIN_CLUSTER_SIZE,
     MIN_TABLE_SIZE,
     SECTOR,
-    ZERO_CLUSTER,
     Bounds,
     Geometry,
     round_up,
 )
-from ..format.header import HEADER_BYTES, KNOWN_FEATURES, MAGIC, MAX_BACKING_NAME, Header
+from ..format.header import HEADER_BYTES, KNOWN_FEATURES, MAGIC, MAX_BACKING_NAME, Header, read_header
 from ..format.table import TableIO, next_data, table_parts
 from ..storage import Storage
 from ..units import MiB
 
-_CLEARLY = 4  # the best candidate leaves this many times less unexplained than any other
-_IMPOSSIBLE = 8  # one in so many entries of a table may be damaged
-_SEVERAL = 2  # entries into the header area
 _TOLERATED = 1 << 16  # corruptions: besides the header, there may be other damage
 _FIELDS = ("magic", "cluster_size", "table_size", "header_size", "l1_table_offset", "image_size")
+
+Say = Callable[[str], None]  # takes one line for people
 
 CLUSTER_SIZES = tuple(1 << n for n in range(MIN_CLUSTER_SIZE.bit_length() - 1, MAX_CLUSTER_SIZE.bit_length()))
 TABLE_SIZES = tuple(1 << n for n in range(MIN_TABLE_SIZE.bit_length() - 1, MAX_TABLE_SIZE.bit_length()))
@@ -70,8 +72,11 @@ def raw_header(storage: Storage) -> Header:
     return Header.unpack(bytes(data))
 
 
-def fit(storage: Storage, header: Header, present: bool = False) -> Fit | None:
-    """`header` with what it leaves unexplained, if it agrees with the tables; `present`: the file has this one."""
+def fit(storage: Storage, header: Header, limit: int = _TOLERATED) -> Fit | None:
+    """What is found under `header`, by `limit` corruptions; None if it is not possible, or tables cannot be read.
+
+    The tables may map more than the device has, which is legal.
+    """
     wrong = 0
 
     def report(damage: Damage) -> None:
@@ -86,13 +91,10 @@ def fit(storage: Storage, header: Header, present: bool = False) -> Fit | None:
         if header.l1_table_offset == 0 or not bounds.valid_table(header.l1_table_offset) or not _names_fit(header):
             return None
         scan = Scan(storage, geometry, bounds, header.l1_table_offset, report=report)
-        found = scan.run(limit=_TOLERATED)
+        found = scan.run(limit=limit)
     except QEDError:
         return None
-    if found.check_errors or not found.allocated:
-        return None
-    # Legal, but unlikely: no reason to doubt a header, but none to invent it.
-    if not present and found.mapped_end > round_up(header.image_size, header.cluster_size):
+    if found.check_errors:
         return None
     unused = scan.use.clusters - scan.use.count()
     return Fit(header, (unused + found.corruptions - wrong) * geometry.cluster_size + wrong * ENTRY, found)
@@ -105,43 +107,75 @@ def _names_fit(header: Header) -> bool:
     )
 
 
-def prove(storage: Storage) -> Fit | None:
-    """The one header that the file proves, as above; None if there is none, or if several fit.
+def prove(storage: Storage, header: Header | None = None, found: ScanResult | None = None) -> Fit | None:
+    """The one header that the file proves to be right, instead of the one that it has; None if it proves none.
 
-    The header in the file is a candidate, too.  Raises StorageError.
+    `header`: instead of the one in the file; `found`: under it, if it is valid.  Then it is wrong only if another one
+    is proven.  Raises StorageError.
     """
-    header = raw_header(storage)
+    before = header = header or raw_header(storage)
     if header.features & ~KNOWN_FEATURES:
         return None  # of another version, whose tables nobody knows
-    return best_fit(storage, header)
+    if found is None:
+        header = _with_one_bit_of_size(header._replace(magic=MAGIC))  # there is one right magic (I3)
+        present = fit(storage, header, limit=1)
+        if present is not None:
+            sound = present.found.allocated and not present.found.corruptions and _maps_device_only(present)
+            return present if sound and header != before else None
+    proven = [
+        candidate
+        for candidate in (fit(storage, candidate, limit=1) for candidate in set(_candidates(storage, header, found)))
+        if candidate is not None and _explains_all(candidate) and candidate.header != header
+    ]
+    return proven[0] if len(proven) == 1 and _certain_table_size(storage, proven[0].header, header) else None
 
 
-def best_fit(storage: Storage, header: Header) -> Fit | None:
-    """The one header like `header` that the file proves."""
-    header = header._replace(magic=MAGIC)
-    fits = _fitting(storage, header, _candidates(storage, header))
-    if not any(found.sensible for found in fits):
-        fits = sorted(fits + _fitting(storage, header, _other_l1_tables(storage, header)), key=_cost)
-    if len(fits) > 1 and fits[1].unexplained < max(fits[0].unexplained * _CLEARLY, 1):
-        return None
-    if not fits or (fits[0].header != header and not fits[0].sensible):
-        return None
-    return fits[0]
+def _explains_all(candidate: Fit) -> bool:
+    found = candidate.found
+    return found.clean and found.allocated > 0 and _maps_device_only(candidate)
 
 
-def _fitting(storage: Storage, header: Header, candidates: Iterator[Header]) -> list[Fit]:
-    """Those that fit, the best one first."""
-    tried = (fit(storage, candidate, candidate == header) for candidate in set(candidates))
-    fits = [found for found in tried if found is not None]
-    return sorted(fits, key=_cost)
+def _maps_device_only(found: Fit) -> bool:
+    """More is legal, but unlikely: no reason to doubt a header, but none to invent it."""
+    return found.found.mapped_end <= round_up(found.header.image_size, found.header.cluster_size)
 
 
-def _cost(found: Fit) -> int:
-    return found.unexplained
+def _with_one_bit_of_size(header: Header) -> Header:
+    """`header` with an image_size that is possible, if one wrong bit can have made it impossible."""
+    try:
+        geometry = Geometry(header.cluster_size, header.table_size)
+    except ImageFormatError:
+        return header
+    size, largest = header.image_size, geometry.max_image_size
+    if size % SECTOR == 0 and size <= largest:
+        return header
+    possible = [size ^ 1 << bit for bit in range(64)]
+    possible = [other for other in possible if other % SECTOR == 0 and other <= largest]
+    return header._replace(image_size=possible[0]) if len(possible) == 1 else header
 
 
-def _candidates(storage: Storage, header: Header) -> Iterator[Header]:
-    yield header
+def _certain_table_size(storage: Storage, header: Header, before: Header) -> bool:
+    """Tables of `header` that were half as long would map something else (I2)."""
+    if header.table_size in (before.table_size, MIN_TABLE_SIZE):
+        return True
+    geometry = Geometry(header.cluster_size, header.table_size)
+    shorter = Geometry(header.cluster_size, header.table_size // 2)
+    half = shorter.table_entries
+    tables = [header.l1_table_offset]
+    only_first = True  # nothing is mapped but by the first half of the first table
+    for base, l1 in table_parts(storage, geometry, header.l1_table_offset):
+        for index, offset in enumerate(l1, base):
+            if offset:
+                tables.append(offset)
+                only_first = only_first and index == 0
+    for offset in tables:
+        for base, table in table_parts(storage, geometry, offset):
+            if any(table[max(half - base, 0) :]):
+                return True
+    return only_first
+
+
+def _candidates(storage: Storage, header: Header, found: ScanResult | None) -> Iterator[Header]:
     for cluster_size in CLUSTER_SIZES:
         yield header._replace(cluster_size=cluster_size)
     for table_size in TABLE_SIZES:
@@ -153,51 +187,57 @@ def _candidates(storage: Storage, header: Header) -> Iterator[Header]:
         geometry = Geometry(header.cluster_size, header.table_size)
     except ImageFormatError:
         return
-    # Bits that cannot be right are cleared: the other bytes of the number may have survived.
-    image_size = header.image_size & (geometry.max_image_size - 1) & ~(SECTOR - 1)
-    yield header._replace(image_size=image_size)
-    if Bounds(geometry, 1, storage.size()).valid_table(header.l1_table_offset):
+    size = storage.size()
+    if Bounds(geometry, header.header_size, size).valid_table(header.l1_table_offset):
+        if found is not None and not Fit(header, 0, found).sensible:
+            yield from _other_l1_tables(storage, header, geometry)
+    elif Bounds(geometry, 1, size).valid_table(header.l1_table_offset):
         yield from _header_sizes(storage, header, geometry)
+    else:
+        yield from _other_l1_tables(storage, header, geometry)
 
 
-def _other_l1_tables(storage: Storage, header: Header) -> Iterator[Header]:
+def _other_l1_tables(storage: Storage, header: Header, geometry: Geometry) -> Iterator[Header]:
     """The costly ones: all of the file is read."""
-    try:
-        geometry = Geometry(header.cluster_size, header.table_size)
-    except ImageFormatError:
-        return
     bounds = Bounds(geometry, max(header.header_size, 1), storage.size())
     for offset in l1_shaped(storage, geometry, bounds):
         yield header._replace(l1_table_offset=offset)
 
 
 def _header_sizes(storage: Storage, header: Header, geometry: Geometry) -> Iterator[Header]:
-    """All before the first cluster in use is header area.
-
-    One L2 entry that points into the header area is wrong itself; more are not wrong in the same way by accident.
-    """
-    inside = 0
-    size = storage.size()
-    start = Bounds(geometry, header.header_size, size).start
-
-    def report(damage: Damage) -> None:
-        nonlocal inside
-        if 0 < damage.value < start and not damage.value & geometry.cluster_mask:
-            inside += 1 if damage.table == "L2" else _SEVERAL
-
+    """All before the first cluster in use is header area."""
     try:
-        if Bounds(geometry, header.header_size, size).valid_table(header.l1_table_offset):
-            present = Bounds(geometry, header.header_size, size)
-            Scan(storage, geometry, present, header.l1_table_offset, report=report).run()
-            if inside < _SEVERAL:
-                return
-        scan = Scan(storage, geometry, Bounds(geometry, 1, size), header.l1_table_offset)
+        scan = Scan(storage, geometry, Bounds(geometry, 1, storage.size()), header.l1_table_offset)
         scan.run()
     except QEDError:
         return
     first = scan.use.next_used(1)
     if first < scan.use.clusters:
         yield header._replace(header_size=first)
+
+
+def correct_invalid_header(storage: Storage, say: Say) -> int:
+    """Correct the header in the file, durably, if it is invalid and the tables prove what is right: 1 if it was.
+
+    Raises ImageFormatError if they do not, UnsupportedError and StorageError.
+    """
+    try:
+        read_header(storage)
+        return 0
+    except ImageFormatError as error:
+        found = prove(storage)
+        if found is None:
+            say(f"{error}; the rest of the file does not prove what is right: try qed salvage")
+            raise
+        correct_header(storage, raw_header(storage), found, say)
+        return 1
+
+
+def correct_header(storage: Storage, before: Header, found: Fit, say: Say) -> None:
+    storage.pwrite(found.header.pack(), 0)  # within one sector: all of it or nothing
+    storage.flush()  # before any repair that depends on it
+    for line in found.changes(before):
+        say(f"{line}: corrected")
 
 
 def l1_shaped(storage: Storage, geometry: Geometry, bounds: Bounds) -> Iterator[int]:
@@ -237,46 +277,3 @@ def _l1_entries(storage: Storage, geometry: Geometry, bounds: Bounds, offset: in
                     return None
                 n += 1
     return n
-
-
-class Shape(NamedTuple):
-    """What the data entries of a possible table look like."""
-
-    possible: int  # aligned, within the file, each for the first time
-    past_end: int  # aligned, but past the end of the file, which may have been cut
-    wrong: int  # none of that
-    rising: int  # of the possible ones: greater than the one before
-
-    @property
-    def is_table(self) -> bool:
-        """Nothing but its shape speaks for it: few entries may be damaged, and most must rise."""
-        return self.possible > 0 and self.wrong * _IMPOSSIBLE <= self.possible and 2 * self.rising > self.possible
-
-    @property
-    def may_be_table(self) -> bool:
-        """An L1 entry speaks for it, too."""
-        return self.possible + self.past_end >= self.wrong
-
-
-def shape_of(storage: Storage, geometry: Geometry, bounds: Bounds, offset: int) -> Shape | None:
-    """The shape of what is at `offset`, looked at until it cannot be a table; None where none can be."""
-    if not bounds.valid_table(offset):
-        return None
-    possible = past_end = wrong = rising = before = 0
-    seen: set[int] = set()
-    for _, table in table_parts(storage, geometry, offset):
-        for entry in table:
-            if entry <= ZERO_CLUSTER:
-                continue
-            if bounds.valid_cluster(entry) and entry not in seen:
-                seen.add(entry)
-                possible += 1
-                rising += entry > before
-                before = entry
-            elif entry >= bounds.end and not entry & geometry.cluster_mask:
-                past_end += 1
-            else:
-                wrong += 1
-                if wrong > _IMPOSSIBLE + possible + past_end:
-                    break
-    return Shape(possible, past_end, wrong, rising)

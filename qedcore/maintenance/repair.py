@@ -1,7 +1,7 @@
 """What `qed check -r` does: repairs that lose nothing that was intact, in an order that a crash cannot hurt.
 
-    1  a header field that the tables disprove is corrected (trial.prove)
-    2  entries that cannot be right are cleared, or corrected where only their low bits are wrong
+    1  a header field that the tables disprove is corrected (header_fit.prove)
+    2  entries that cannot be right are cleared, or corrected where one of their low bits is all that is wrong
     3  tables that overlap other tables or data are copied to the end of the file, and linked there
     4  data clusters that are referenced twice are copied likewise: every guest range keeps its bytes
     5  leaks are given back: clusters move down, the file gets shorter (compact.pack)
@@ -14,40 +14,53 @@ I3. A copy is durable before the entry that leads to it is written, so a crash s
     copy.  Copies that nothing leads to yet are leaks, which the next repair finds.
 I4. NEED_CHECK is cleared last, when everything is durable and a scan has found no damage (QEMU clears it first).
 I5. Leaks are given back only when there is no damage left: they may hold what a damaged entry meant.
-I6. A table whose place in the device is not certain is kept, and so is the damage that hides it, unless `force`d.
+I6. A leak holds old data of any guest range: what it looks like proves nothing.  So it is not linked for that; but
+    while it may be a table, damage to the L1 table is kept, which may hide the table's place, unless `force`d.
+I7. What a valid entry leads to is what its range reads, whatever it looks like, so it is kept: as a copy, if it is
+    another's as well.
 
 The caller makes sure that nobody else uses the image.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Callable, NamedTuple
 
-from ..check.cluster_use import DATA, METADATA, ClusterUse
+from ..check.cluster_use import DATA, METADATA, SHARED, ClusterUse
 from ..check.scan import Damage, Scan, ScanResult
 from ..engine.image import Metadata
 from ..errors import ImageFormatError
-from ..format.geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry, round_up
+from ..format.geometry import (
+    ENTRY,
+    SECTOR,
+    UNALLOCATED,
+    ZERO_CLUSTER,
+    Bounds,
+    Geometry,
+    is_marked,
+    mark_dangling,
+    round_up,
+)
 from ..format.header import FEATURE_NEED_CHECK, Header, HeaderUpdater, read_header
-from ..format.table import TableIO, next_data, table_parts
+from ..format.table import TableIO, table_parts
 from ..storage import Storage, read_from_disk
 from ..units import MiB
 from .compact import pack
-from .header_fit import Fit, prove, raw_header, shape_of
+from .header_fit import Say, correct_header, correct_invalid_header, prove
+from .lost_tables import looks_like_table, orphans
 
 KEPT = 16  # in ClusterUse.map: of a table that stays where it is
 _COPY_STEP = 4 * MiB  # bytes copied with one read and one write
 _BATCH = 64 * MiB  # bytes copied between flushes
 _ROUNDS = 4  # more of the same, at most; one has always been enough
-_WRONG_L1_ENTRIES = 8  # no more may be damage, if none is right
+_WRONG_L1_ENTRIES = 8  # so many may be damage, even if fewer are right
+_CANDIDATE, _DISPUTED = 32, 64  # in ClusterUse.map: of a cluster that one damaged entry may mean, or several
 
 _NOBODY: Any = None  # in the place of what an open image has
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -74,30 +87,6 @@ class _Unused(Metadata):
 
     def reload(self) -> None:
         pass
-
-
-def correct_invalid_header(storage: Storage, say: Say) -> int:
-    """Correct the header in the file, durably, if it is invalid and the tables prove what is right: 1 if it was.
-
-    Raises ImageFormatError if they do not, UnsupportedError and StorageError.
-    """
-    try:
-        read_header(storage)
-        return 0
-    except ImageFormatError as error:
-        found = prove(storage)
-        if found is None:
-            say(f"{error}; the rest of the file does not prove what is right: try qed salvage")
-            raise
-        correct_header(storage, raw_header(storage), found, say)
-        return 1
-
-
-def correct_header(storage: Storage, before: Header, found: Fit, say: Say) -> None:
-    storage.pwrite(found.header.pack(), 0)  # within one sector: all of it or nothing
-    storage.flush()  # before any repair that depends on it
-    for line in found.changes(before):
-        say(f"{line}: corrected")
 
 
 class Repair:
@@ -150,15 +139,17 @@ class Repair:
         self._header.clear_unknown_autoclear()
         if scan.result.corruptions and everything:
             self._refuse_wrong_l1_table()
-            scan = self._correct(scan, damaged)
             for _ in range(_ROUNDS):
-                # A table that another one overlapped may stay where it is once the other was moved; its own damage
-                # comes to light only then.
+                if self._keeps_l1(scan.use):
+                    break
+                scan = self._correct(scan, damaged)
                 if not scan.result.corruptions:
                     break
+                # A table that another one overlapped may stay where it is once the other was moved; its own damage
+                # comes to light only then.
                 damaged.clear()
                 self._bounds = self._bounds_now()  # with the copies
-                scan = self._correct(self._scan(lambda damage: self._note(damage, damaged)), damaged)
+                scan = self._scan(lambda damage: self._note(damage, damaged))
         if scan.result.corruptions:
             if scan.result.leaks:
                 self._say("leaked clusters are left alone: they may hold what a damaged entry meant")
@@ -200,18 +191,11 @@ class Repair:
 
     def _doubt_header(self, scan: Scan, everything: bool) -> bool:
         """Is it the header that is wrong, and not the tables?  Then, for -r all, correct it: True."""
-        found = scan.result
-        if not found.corruptions and not found.leaks:  # of a wrong size, tables seem to have leaks beside them
+        if not scan.result.corruptions:
             return False
-        proven = prove(self._storage)
-        if proven is None or proven.header == self._header.header:
+        proven = prove(self._storage, self._header.header, scan.result)
+        if proven is None:
             return False
-        if 0 < found.corruptions <= proven.found.corruptions:
-            # Less is unused then, but no fewer entries are wrong.  The wrong choice would lose half of the image.
-            raise ImageFormatError(
-                f"{'; '.join(proven.changes(self._header.header))}; but other damage makes that uncertain, "
-                f"so nothing was changed: try qed salvage"
-            )
         if not everything:
             raise ImageFormatError(f"{'; '.join(proven.changes(self._header.header))}: use -r all")
         correct_header(self._storage, self._header.header, proven, self._say)
@@ -220,14 +204,14 @@ class Repair:
 
     def _refuse_wrong_l1_table(self) -> None:
         """Raise ImageFormatError if the L1 table is mostly garbage: then something else is there."""
-        right = wrong = 0
+        l1_offset, right, wrong = self._header.header.l1_table_offset, 0, 0
         for _, offset in self._l1_entries():
-            valid = self._bounds.valid_table(offset)
-            right, wrong = right + valid, wrong + (not valid)
-        if wrong > (right + SECTOR // ENTRY if right else _WRONG_L1_ENTRIES):  # one sector may be damaged
+            possible = self._bounds.valid_table(offset) and abs(offset - l1_offset) >= self._geometry.table_bytes
+            right, wrong = right + possible, wrong + (not possible)
+        if wrong > max(right, _WRONG_L1_ENTRIES):
             raise ImageFormatError(
-                f"QED table offset is invalid: {wrong} of {right + wrong} entries at "
-                f"{self._header.header.l1_table_offset:#x} are impossible, so nothing was changed: try qed salvage"
+                f"QED table offset is invalid: {wrong} of {right + wrong} entries at {l1_offset:#x} are impossible, "
+                f"so nothing was changed: try qed salvage"
             )
 
     # -- 2 to 4: entries, tables, data ---------------------------------------------------------------------------
@@ -249,6 +233,34 @@ class Repair:
             scan = self._scan()
         return scan
 
+    def _keeps_l1(self, use: ClusterUse) -> bool:
+        """Is there damage to the L1 table that may hide more?  Then say so: the tables stay as they are (I6)."""
+        why = "" if self._force else self._reason_to_keep_l1(use)
+        if why:
+            self._say(f"{why}: the tables are left alone: try qed salvage, or give it up with --force")
+        return bool(why)
+
+    def _reason_to_keep_l1(self, use: ClusterUse) -> str:
+        l1_offset, table_bytes = self._header.header.l1_table_offset, self._geometry.table_bytes
+        damaged = overlapping = False
+        for index, offset in self._l1_entries():
+            shown = index << self._geometry.l1_shift < self._header.header.image_size
+            if not self._bounds.valid_table(offset):
+                damaged = True
+            elif abs(offset - l1_offset) < table_bytes:
+                if shown:
+                    return f"L1 entry {index} leads to the L1 table itself"
+                damaged = True
+            elif any(mark & (DATA | SHARED) for mark in self._table_uses(use, offset)):
+                overlapping = overlapping or shown
+                damaged = True
+        if damaged and any(mark & DATA for mark in self._table_uses(use, l1_offset)):
+            return "the L1 table is damaged, and is data of the guest as well"  # a change of it would be one of that
+        orphan = next(self._orphans(use), None) if overlapping else None
+        if orphan is None:
+            return ""
+        return f"tables overlap others or data, and what is at {orphan:#x} looks like one that lost its L1 entry"
+
     def _note(self, damage: Damage, damaged: set[tuple[int, int, int]]) -> None:
         """Add (L1 index, offset of the L2 table, first entry of the part) for a damaged L2 entry."""
         if damage.table == "L2":
@@ -268,131 +280,153 @@ class Repair:
     def _correct_l1(self, use: ClusterUse) -> bool:
         """Clear or correct the entries that cannot lead to a table; True if there were any."""
         changed = False
-        l1_offset = self._header.header.l1_table_offset
+        l1_offset, geo = self._header.header.l1_table_offset, self._geometry
+        low_bits = Counter(
+            geo.start_of_cluster(offset) for _, offset in self._l1_entries() if self._one_low_bit(offset)
+        )
         for index, offset in self._l1_entries():
-            damage = Damage("L1", l1_offset, index, offset, index << self._geometry.l1_shift, False, False)
-            rounded = self._geometry.start_of_cluster(offset)
-            if not self._bounds.valid_table(offset):
-                free = self._bounds.valid_table(rounded) and not any(self._table_uses(use, rounded))
-                if free and self._looks_like_table(rounded):
-                    self._claim_table(use, rounded)
-                    self._write_entry(
-                        damage, rounded, "a table is there that nothing else refers to: low bits cleared"
-                    )
-                elif damage.pos >= self._header.header.image_size:
-                    self._write_entry(damage, UNALLOCATED, "not a valid offset: cleared")
-                else:
-                    continue  # later, when it is known which tables have no entry
-            elif abs(offset - l1_offset) < self._geometry.table_bytes:
-                self._write_entry(damage, UNALLOCATED, "the L1 table itself: cleared")
-            elif self._has_data(use, offset) and not self._looks_like_table(offset):
-                self._write_entry(damage, UNALLOCATED, "data of another guest range, not a table: cleared")
-            else:
+            damage = Damage("L1", l1_offset, index, offset, index << geo.l1_shift, False, False)
+            if self._bounds.valid_table(offset):
+                if abs(offset - l1_offset) < geo.table_bytes:  # it is past the end of the device, or `force`d
+                    self._write_entry(damage, UNALLOCATED, "the L1 table itself: cleared")
+                    changed = True
                 continue
-            changed = True
+            rounded = geo.start_of_cluster(offset)
+            if (
+                low_bits[rounded] == 1
+                and self._one_low_bit(offset)
+                and self._alone_in_sector(l1_offset, index, self._bounds.valid_table)
+                and self._bounds.valid_table(rounded)
+                and not any(self._table_uses(use, rounded))
+                and looks_like_table(self._storage, geo, self._bounds, rounded)
+            ):
+                self._claim_table(use, rounded)
+                why = "one bit is wrong, and nothing else refers to the table there: corrected"
+                self._write_entry(damage, rounded, why)
+                changed = True
         return self._correct_lost(use) or changed
 
+    def _one_low_bit(self, entry: int) -> bool:
+        """`entry` is one wrong bit away from an offset, and from one only.
+
+        Not the lowest bit: older versions set that to make an entry invalid for good.
+        """
+        low = entry & self._geometry.cluster_mask
+        return low > 1 and low & (low - 1) == 0
+
+    def _alone_in_sector(self, table_offset: int, index: int, valid: Callable[[int], bool]) -> bool:
+        """No other entry in its sector is impossible.  If one is, more than a bit was hit."""
+        first = index - index % (SECTOR // ENTRY)
+        sector = self._tables.read(table_offset + first * ENTRY, SECTOR // ENTRY)
+        return not any(
+            entry and not valid(entry) for i, entry in enumerate(sector, first) if i != index and entry > ZERO_CLUSTER
+        )
+
     def _lost(self) -> Iterator[Damage]:
-        """L1 entries of the device of which nothing is left that leads to a table."""
+        """L1 entries of which nothing is left that leads to a table."""
         l1_offset = self._header.header.l1_table_offset
         for index, offset in self._l1_entries():
-            pos = index << self._geometry.l1_shift
-            if not self._bounds.valid_table(offset) and pos < self._header.header.image_size:
-                yield Damage("L1", l1_offset, index, offset, pos, False, False)
+            if not self._bounds.valid_table(offset):
+                yield Damage("L1", l1_offset, index, offset, index << self._geometry.l1_shift, False, False)
 
     def _correct_lost(self, use: ClusterUse) -> bool:
-        """Clear the lost entries, if no table has lost its entry; true if there were any.
+        """Clear the lost entries, if no table of the device can have lost its entry; true if there were any.
 
-        One table and one place for it belong together.  Of several nobody knows: they are left alone (I6).
+        Otherwise they are left alone: not even of one table and one place is it known that they belong together (I6).
         """
-        lost = list(islice(self._lost(), 2))
-        orphans = list(islice(self._orphans(use), 2)) if lost else []
-        if len(lost) == len(orphans) == 1:
-            self._write_entry(lost[0], orphans[0], f"the only table without an entry is at {orphans[0]:#x}: that one")
-            return True
-        if not orphans or self._force:
+        first = next(self._lost(), None)
+        if first is None:
+            return False
+        shown = first.pos < self._header.header.image_size
+        orphan = next(self._orphans(use), None) if shown and not self._force else None
+        if orphan is None:
             for damage in self._lost():
                 self._write_entry(damage, UNALLOCATED, "not a valid offset: cleared")
-            return bool(lost)
+            return True
         if not self._kept_lost:
             self._kept_lost = True
             self._say(
-                f"what is at {orphans[0]:#x} looks like an L2 table, but nothing proves its place: L1 entries that "
+                f"what is at {orphan:#x} looks like an L2 table, but nothing proves its place: L1 entries that "
                 f"lead nowhere are left alone, and so are leaks: try qed salvage, or give it up with --force"
             )
         for damage in self._lost():
             if not damage.value & self._geometry.cluster_mask and damage.value >= self._bounds.start:
-                self._write_entry(damage, damage.value | 1, "must not lead to what the file gets next: made invalid")
+                self._write_entry(
+                    damage, mark_dangling(damage.value), "must not lead to what the file gets next: made invalid"
+                )
         return False
 
     def _orphans(self, use: ClusterUse) -> Iterator[int]:
-        """Offsets of what has the shape of an L2 table, and like its data clusters is used by nothing."""
-        geo = self._geometry
-        cluster = use.next_free(self._bounds.start >> geo.l2_shift)
-        while cluster < use.clusters:
-            offset = cluster << geo.l2_shift
-            data_at = next_data(self._storage, offset)
-            if data_at >= offset + geo.cluster_size:
-                cluster = use.next_free(data_at >> geo.l2_shift)
-                continue
-            shape = shape_of(self._storage, geo, self._bounds, offset)
-            if shape is not None and shape.is_table and not any(self._table_uses(use, offset)):
-                entries = (entry for _, table in table_parts(self._storage, geo, offset) for entry in table)
-                data = (entry for entry in entries if entry > ZERO_CLUSTER and self._bounds.valid_cluster(entry))
-                if not any(any(use.marks(entry >> geo.l2_shift)) for entry in data):
-                    yield offset
-            cluster = use.next_free(cluster + 1)
+        return orphans(self._storage, self._geometry, self._bounds, use)
 
     def _claim_table(self, use: ClusterUse, offset: int) -> None:
         first = offset >> self._geometry.l2_shift
         for cluster in range(first, first + self._geometry.table_size):
             use.claim(cluster, METADATA)
 
-    def _has_data(self, use: ClusterUse, offset: int) -> bool:
-        """A data entry refers to a part of the table at `offset`."""
-        return any(uses & DATA for uses in self._table_uses(use, offset))
-
-    def _looks_like_table(self, offset: int) -> bool:
-        """Entries of a sector are possible, at least half of them; or all are in the whole table.
-
-        In doubt it is one: it is then copied elsewhere, and what else is there stays.  An empty table is no loss.
-        """
-        step, filled, impossible = SECTOR // ENTRY, False, False
-        for _, table in table_parts(self._storage, self._geometry, offset):
-            for start in range(0, len(table), step):
-                entries = [entry for entry in table[start : start + step] if entry > ZERO_CLUSTER]
-                wrong = sum(not self._bounds.valid_cluster(entry) for entry in entries)
-                if entries and 2 * wrong <= len(entries):
-                    return True
-                impossible = impossible or wrong > 0
-            filled = True
-        return filled and not impossible
-
     def _correct_l2(self, use: ClusterUse, damaged: set[tuple[int, int, int]]) -> None:
+        # First which clusters entries with wrong low bits may mean: none is given to one of several.
+        for damage in self._impossible(use, damaged):
+            cluster = damage.value >> self._geometry.l2_shift
+            low = damage.value & self._geometry.cluster_mask
+            if low > 1 and not is_marked(damage.value) and cluster < use.mapped:
+                use.map[cluster] |= _DISPUTED if use.map[cluster] & _CANDIDATE else _CANDIDATE
+        sector = 0  # bytes: file offset
+        entries: dict[int, int] = {}
+        for damage in self._impossible(use, damaged):
+            at = damage.table_offset + damage.index * ENTRY
+            if at - at % SECTOR != sector:
+                self._write_entries(entries)
+                sector, entries = at - at % SECTOR, {}
+            # All of a sector with one write, because after a crash between two of them the rest would look like less
+            # damage than there was.
+            entries[at], why = self._instead_of(damage, use)
+            self._say_written(damage, entries[at], why)
+        self._write_entries(entries)
+
+    def _instead_of(self, damage: Damage, use: ClusterUse) -> tuple[int, str]:
+        """(what an impossible L2 entry is replaced with, why)."""
+        if self._one_low_bit(damage.value) and self._alone_in_sector(
+            damage.table_offset, damage.index, self._bounds.valid_cluster
+        ):
+            rounded = self._geometry.start_of_cluster(damage.value)
+            cluster = rounded >> self._geometry.l2_shift
+            marks = use.marks(cluster)
+            if self._bounds.valid_cluster(rounded) and marks == bytes((_CANDIDATE,)):
+                use.claim(cluster, DATA)
+                return rounded, "one bit is wrong, and nothing else refers to the cluster there: corrected"
+            if self._bounds.valid_cluster(rounded) and marks == bytes((_CANDIDATE | _DISPUTED,)):
+                # Now two bits are wrong, so that none is corrected if a crash comes before all are cleared, by the
+                # next round.
+                return damage.value | 1, "another damaged entry may mean the same cluster: not corrected"
+        # Not ZERO_CLUSTER, which would be as good without a backing file.  With one, the guest's data is lost either
+        # way; what reappears is what was there before it was written, as after any lost write, which journals are
+        # made for.  Zeros were never there.  QEMU does the same.
+        if is_marked(damage.value):
+            return UNALLOCATED, "made invalid, because it pointed past the end of the file: cleared"
+        return UNALLOCATED, "not a valid offset: cleared"
+
+    def _impossible(self, use: ClusterUse, damaged: set[tuple[int, int, int]]) -> Iterator[Damage]:
+        """The L2 entries that cannot be right, of tables that may be written to.  They may be changed meanwhile."""
         l1_offset, shift = self._header.header.l1_table_offset, self._geometry.l2_shift
         for index, offset, base in sorted(damaged):
             linked = self._tables.read(l1_offset + index * ENTRY, 1)[0] == offset
             # Data may be there as well, which must not be written to (I1): the table is moved away later.
-            if not linked or self._has_data(use, offset):
+            if not linked or any(mark & DATA for mark in self._table_uses(use, offset)):
                 continue
             table = self._tables.read(offset + base * ENTRY, self._geometry.part_entries)
             for i, entry in enumerate(table, base):
-                if entry <= ZERO_CLUSTER or self._bounds.valid_cluster(entry):
-                    continue
-                pos = (index << self._geometry.l1_shift) + (i << shift)
-                damage = Damage("L2", offset, i, entry, pos, False, False)
-                rounded = self._geometry.start_of_cluster(entry)
-                if self._bounds.valid_cluster(rounded) and use.claim_free(rounded >> shift, DATA):
-                    self._write_entry(damage, rounded, "nothing else refers to that cluster: low bits cleared")
-                else:
-                    # Not ZERO_CLUSTER, which would be as good without a backing file.  With one, the guest's data is
-                    # lost either way; what reappears is what was there before it was written, as after any lost
-                    # write, which journals are made for.  Zeros were never there.  QEMU does the same.
-                    self._write_entry(damage, UNALLOCATED, "not a valid offset: cleared")
+                if entry > ZERO_CLUSTER and not self._bounds.valid_cluster(entry):
+                    yield Damage(
+                        "L2", offset, i, entry, (index << self._geometry.l1_shift) + (i << shift), False, False
+                    )
 
     def _write_entry(self, damage: Damage, value: int, why: str) -> None:
+        self._write_entries({damage.table_offset + damage.index * ENTRY: value})
+        self._say_written(damage, value, why)
+
+    def _say_written(self, damage: Damage, value: int, why: str) -> None:
         at = damage.table_offset + damage.index * ENTRY
-        self._write_entries({at: value})
         text = f"{damage.table} entry {damage.index} at {at:#x} points to {damage.value:#x}: {why}"
         reach = self._geometry.l2_table_reach if damage.table == "L1" else self._geometry.cluster_size
         end = min(damage.pos + reach, self._header.header.image_size)

@@ -1,11 +1,15 @@
 """`qed salvage`: the guest's bytes from an image that cannot be opened or repaired, as far as they can be found.
 
-    1  the geometry: what the user knows, else what the tables prove (trial), else the header's fields where they are
-       possible, else by the steps between the entries of what looks like a table
-    2  where each part of the device is: by the L1 table, and where that is gone, by L2 tables that lie about in the
-       file.  Those do not say which part of the device they map.  With one such table and one place for it that is
-       clear; otherwise they are taken in the order of the file, and their ranges are called guessed.
+    1  the geometry: the header's, if it is valid and no entry is wrong under it, or few; else one that the file
+       proves (header_fit), else the header's fields where they are possible, what the user knows, and the steps
+       between the entries of what looks like a table
+    2  where each part of the device is: by the L1 table, and where that is damaged, by L2 tables that lie about in
+       the file.  Those do not say which part of the device they map, and may be old ones: they are taken in the order
+       of the file, for places that have lost theirs, and their ranges are called guessed.
     3  a raw file with what was found, and a list of ranges: good, zero or lost
+
+I1. An image that is whole is read as it is, whatever its leaks look like: they hold old data of any guest range.
+I2. What is not certain is called guessed.
 
 An L2 table is known by its shape: entries are aligned, within the file, no two alike, and mostly rising.
 The image is only read.
@@ -19,8 +23,7 @@ from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
 from ..check.cluster_use import DATA, METADATA, ClusterUse
-from ..check.scan import Scan
-from ..errors import ImageFormatError, RequestError, UnsupportedError
+from ..errors import ImageFormatError, RequestError
 from ..format.geometry import (
     DEFAULT_CLUSTER_SIZE,
     DEFAULT_TABLE_SIZE,
@@ -31,11 +34,12 @@ from ..format.geometry import (
     Bounds,
     Geometry,
 )
-from ..format.header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header, read_header
+from ..format.header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header
 from ..format.table import TableIO, next_data, table_parts
 from ..storage import Storage
 from ..units import MiB
-from .header_fit import CLUSTER_SIZES, TABLE_SIZES, Fit, best_fit, fit, l1_shaped, raw_header, shape_of
+from .header_fit import CLUSTER_SIZES, TABLE_SIZES, Fit, fit, l1_shaped, prove, raw_header
+from .lost_tables import shape_of
 
 GOOD, ZERO, LOST = "good", "zero", "lost"
 GUESSED = "position guessed"
@@ -62,6 +66,8 @@ class Found:
     l1_offset: int | None  # bytes; None: no L1 table was found
     has_backing: bool
     tables: dict[int, int] = field(default_factory=dict)  # L1 index -> file offset of the L2 table, bytes
+    whole: bool = False  # no entry is wrong
+    certain: bool = True  # the L1 table is one, and the image's
     guessed: set[int] = field(default_factory=set)  # L1 indices whose table is not certain
     lost: set[int] = field(default_factory=set)  # L1 indices that had a table, which was not found
     notes: list[str] = field(default_factory=list)  # lines for people
@@ -111,6 +117,7 @@ class Salvage:
         cluster_size: int = 0,
         table_size: int = 0,
         image_size: int = 0,
+        guess: bool = False,  # an L1 table without entries has lost them
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         for name, value, allowed in (
@@ -126,15 +133,16 @@ class Salvage:
         self._cluster_size = cluster_size
         self._table_size = table_size
         self._image_size = image_size
+        self._guess = guess
 
     # -- 1: the geometry -----------------------------------------------------------------------------------------
 
     def search(self) -> Found:
         """What there is to go by."""
         before = raw_header(self._storage)
-        whole = before.magic == MAGIC and not before.features & ~KNOWN_FEATURES
-        found = self._from_header(before) if whole else None
-        if not whole:
+        known = before.magic == MAGIC and not before.features & ~KNOWN_FEATURES
+        found = self._from_header(before) if known else None
+        if not known:
             before = Header(cluster_size=0, table_size=0)
         found = found or self._from_file(before)
         if self._image_size > found.geometry.max_image_size:
@@ -143,29 +151,16 @@ class Salvage:
                 f"{found.geometry.max_image_size}"
             )
         self._find_tables(found)
-        if not found.tables:
-            empty = self._empty()
-            if empty is not None:
-                return empty
+        if not found.tables and not found.whole:
             raise ImageFormatError("nothing in the file looks like a table of a QED image")
-        if not found.image_size:
+        if not found.tables:
+            found.notes.append("the image is whole, and empty")
+        elif not found.image_size:
             found.image_size = self._mapped_end(found)
             found.notes.append(
                 f"the size of the device is not known: taken as {found.image_size}, where its tables end"
             )
         return found
-
-    def _empty(self) -> Found | None:
-        """The image, if nothing was ever written to it: it is valid, has no tables and has lost nothing."""
-        try:
-            header, geometry, bounds = read_header(self._storage)
-        except (ImageFormatError, UnsupportedError):
-            return None
-        scan = Scan(self._storage, geometry, bounds, header.l1_table_offset).run()
-        if not scan.clean or scan.tables or header != self._with_what_is_known(header):
-            return None
-        notes = ["the image is whole, and empty"]
-        return Found(geometry, header.image_size, header.l1_table_offset, header.has_backing, notes=notes)
 
     def _with_what_is_known(self, header: Header) -> Header:
         return header._replace(
@@ -175,14 +170,23 @@ class Salvage:
         )
 
     def _from_header(self, before: Header) -> Found | None:
-        """By the header, where the tables agree with it but for a field or two."""
-        best = best_fit(self._storage, self._with_what_is_known(before))
-        if best is None:
+        """By the header, where the tables agree with it, or with another one but for a field or two."""
+        header = self._with_what_is_known(before)
+        present = fit(self._storage, header)
+        whole = present is not None and not present.found.corruptions
+        best = present
+        if present is None or not whole:
+            best = prove(self._storage, header, present and present.found) or present
+        if best is None or not (whole or best.sensible):
             return None
         header = best.header
-        geometry = Geometry(header.cluster_size, header.table_size)
         return Found(
-            geometry, header.image_size, header.l1_table_offset, header.has_backing, notes=best.changes(before)
+            Geometry(header.cluster_size, header.table_size),
+            header.image_size,
+            header.l1_table_offset,
+            header.has_backing,
+            whole=whole and header == before,
+            notes=best.changes(before),
         )
 
     def _from_file(self, before: Header) -> Found:
@@ -198,11 +202,17 @@ class Salvage:
             self._fitting_l1_tables(header, cluster_size, [table_size] if table_size in TABLE_SIZES else TABLE_SIZES)
         )
         if fits:
-            best = min(fits, key=lambda found: found.unexplained).header
+            found = min(fits, key=lambda found: found.unexplained)
+            best = found.header
             notes.append(f"an L1 table is at {best.l1_table_offset:#x}, with table_size {best.table_size}")
-            geometry = Geometry(cluster_size, best.table_size)
-            known = best.image_size if best.image_size == header.image_size else 0
-            return Found(geometry, known, best.l1_table_offset, header.has_backing, notes=notes)
+            return Found(
+                Geometry(cluster_size, best.table_size),
+                best.image_size if best.image_size == header.image_size else 0,
+                best.l1_table_offset,
+                header.has_backing,
+                certain=found.unexplained == 0,
+                notes=notes,
+            )
         if table_size not in TABLE_SIZES:
             table_size = DEFAULT_TABLE_SIZE
             notes.append(f"table_size is not known: taken as {table_size}")
@@ -229,7 +239,7 @@ class Salvage:
                         l1_table_offset=l1_offset,
                     ),
                 )
-                if found is not None and found.found.allocated > 2 * found.found.corruptions:
+                if found is not None and found.sensible:
                     yield found
 
     # -- 2: the L2 tables ----------------------------------------------------------------------------------------
@@ -247,7 +257,9 @@ class Salvage:
                         found.tables[index] = offset
                     else:
                         found.lost.add(index)
-            if found.tables and not found.lost:
+            if not found.certain:
+                found.guessed.update(found.tables)
+            if not found.lost and (found.tables or (found.whole and not self._guess)):
                 return
         use = ClusterUse(bounds.end >> geo.l2_shift)
         for offset in [*found.tables.values(), found.l1_offset or 0]:
@@ -265,16 +277,14 @@ class Salvage:
         ]
         if found.tables or found.lost:
             places = sorted(found.lost)
-            certain = len(places) == len(orphans) == 1
         else:
             found.l1_offset = None
             found.notes.append("no L1 table was found: the L2 tables are taken in the order of the file")
-            places, certain = list(range(len(orphans))), len(orphans) == 1 and found.image_size <= geo.l2_table_reach
+            places = list(range(len(orphans)))
         for index, offset in zip(places, orphans):
             found.tables[index] = offset
             found.lost.discard(index)
-            if not certain:
-                found.guessed.add(index)
+            found.guessed.add(index)
 
     def _data(self, geometry: Geometry, offset: int) -> Iterator[tuple[int, int]]:
         """(index, entry) of the data clusters of the table at `offset`."""

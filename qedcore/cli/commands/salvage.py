@@ -34,19 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster-size", metavar="SIZE", help="if you know it")
     parser.add_argument("--table-size", metavar="N", help="in clusters, if you know it")
     parser.add_argument("--size", metavar="SIZE", help="of the device, if you know it")
+    parser.add_argument(
+        "--guess", action="store_true", help="take an L1 table without entries for one that lost them"
+    )
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("out", metavar="OUT")
 
 
 def run(args: argparse.Namespace) -> int:
-    known = {
-        name: parse_size(text, name) if text is not None else 0
+    cluster_size, table_size, image_size = (
+        parse_size(text, name) if text is not None else 0
         for name, text in (
             ("cluster_size", args.cluster_size),
             ("table_size", args.table_size),
             ("image_size", args.size),
         )
-    }
+    )
     local = not is_uri(args.image)
     storage: Storage = (
         open_file(args.image, writable=False, share=args.force_share) if local else open_storage(args.image, False)
@@ -57,8 +60,11 @@ def run(args: argparse.Namespace) -> int:
         with Progress(args, _STEPS) as progress:
             salvage = Salvage(
                 storage,
+                cluster_size=cluster_size,
+                table_size=table_size,
+                image_size=image_size,
+                guess=args.guess,
                 progress=lambda done, total: progress.update(done * _STEPS // total if total else _STEPS),
-                **known,
             )
             found = salvage.search()
             ranges = _write(salvage, found, args.out)
