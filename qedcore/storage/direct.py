@@ -5,6 +5,7 @@ bounce buffer; a write that does not cover whole blocks reads the rest of them f
 
 I5. Two writes that share a block never overlap in time when one of them reads that block first: the later
     waits (BusyRanges).
+I6. The file ends where the last write does, not with that write's last block.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from ..errors import StorageError
 from . import ReadBuffer, WriteBuffer
 from .cache_mode import CacheMode
-from .file import FileStorage
+from .file import FAR, FileStorage
 from .ranges import BusyRanges
 
 _BOUNCE_BYTES = 1 << 20  # per thread; larger requests take several rounds
@@ -41,7 +42,8 @@ class DirectStorage(FileStorage):
             raise
 
     def _find_block(self) -> int:
-        for block in _LOGICAL_BLOCKS:
+        # Of a hole, or past the end of the file, anything can be read: that tells nothing of what can be written.
+        for block in _LOGICAL_BLOCKS if self.next_data(0) == 0 else _LOGICAL_BLOCKS[-1:]:
             try:
                 os.preadv(self.fd, [self._bounce()[:block]], 0)
                 return block
@@ -90,13 +92,18 @@ class DirectStorage(FileStorage):
         view, bounce, done = memoryview(buf), self._bounce(), 0
         try:
             for start, size, first, last in self._blocks(len(buf), offset):
-                with self._busy.hold(start, start + size, first > 0 or last < size):
+                longer = last < size and not self.fixed_size and start + size > self.size()
+                # Who writes further on waits, too: the file is cut after this write (I6).
+                with self._busy.hold(start, FAR if longer else start + size, first > 0 or last < size):
+                    end = max(self.size(), start + last) if longer else 0
                     if first:
                         self._read_blocks(bounce[: self.block], start)
                     if last < size and (size > self.block or not first):
                         self._read_blocks(bounce[size - self.block : size], start + size - self.block)
                     bounce[first:last] = view[done : done + last - first]
                     self._finish_write(bounce[:size], start, 0)
+                    if longer:
+                        os.ftruncate(self.fd, end)
                 done += last - first
         except OSError as error:
             raise self._failed("write", len(buf), offset, error) from None

@@ -607,3 +607,53 @@ def test_failed_write_lets_the_next_one_go(open_direct: Open, monkeypatch: pytes
         assert storage._busy._busy == []
     Job(storage.pwrite, b"y", 6).result()
     assert content(storage)[:8] == b"\0\0\0\0\0\0y\0"
+
+
+def with_large_blocks(monkeypatch: pytest.MonkeyPatch, direct_dir: Path, content: bytes) -> DirectStorage:
+    """As on a device with sectors of 4 KiB, where the system takes nothing less."""
+    path = direct_dir / "large"
+    path.write_bytes(content)
+    for name in ("preadv", "pwrite"):
+        call = getattr(os, name)
+
+        def checked(fd: int, buf: Any, offset: int, call: Callable[..., int] = call) -> int:
+            length = sum(map(len, buf)) if isinstance(buf, tuple) else len(buf[0] if isinstance(buf, list) else buf)
+            if (offset % 4096 or length % 4096) and (call.__name__ == "pwrite" or offset < os.stat(fd).st_size):
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return call(fd, buf, offset)
+
+        monkeypatch.setattr(os, name, checked)
+    storage = open_storage(path, True, CacheMode(direct=True))
+    assert isinstance(storage, DirectStorage)
+    return storage
+
+
+@pytest.mark.parametrize("start", [0, 512, 5000, 12288])
+def test_exact_size_with_large_blocks(monkeypatch: pytest.MonkeyPatch, direct_dir: Path, start: int) -> None:
+    """Blocks are written whole, and the file ends where the data do."""
+    storage = with_large_blocks(monkeypatch, direct_dir, b"x" * start)
+    want = bytearray(b"x" * start)
+    for offset, length in ((0, 512), (start, 1536), (start + 9000, 100), (512, 512), (3 * 4096, 4096)):
+        data = bytes([length % 251]) * length
+        storage.pwrite(data, offset)
+        want += bytes(max(0, offset + length - len(want)))
+        want[offset : offset + length] = data
+        assert content(storage) == want
+    storage.close()
+
+
+def test_who_writes_further_on_waits_for_the_exact_size(monkeypatch: pytest.MonkeyPatch, direct_dir: Path) -> None:
+    storage = with_large_blocks(monkeypatch, direct_dir, b"")
+    cut = os.ftruncate
+    other: list[Job] = []
+
+    def slowly(fd: int, size: int) -> None:
+        other.append(Job(storage.pwrite, b"b" * 4096, 8192))
+        other[0].join(0.05)  # it must not be cut off
+        cut(fd, size)
+
+    monkeypatch.setattr(os, "ftruncate", slowly)
+    storage.pwrite(b"a" * 100, 0)
+    other[0].result()
+    assert content(storage) == b"a" * 100 + bytes(8192 - 100) + b"b" * 4096
+    storage.close()
