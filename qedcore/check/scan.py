@@ -23,13 +23,13 @@ import sys
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import count, islice
 from operator import sub
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from ..errors import StorageError, UnsupportedError
 from ..format.geometry import ENTRY, ZERO_CLUSTER, Bounds, Geometry, is_marked
-from ..format.table import Table, empty, length_of, table_parts
+from ..format.table import Table, empty, length_of, parts_between, table_parts
 from ..format.table_runs import FollowingRuns
 from ..storage import Storage
 from .cluster_use import DATA, MAX_CLUSTERS, MAX_RUN, METADATA, READ, ClusterUse
@@ -152,6 +152,16 @@ class Blocks:
         first = numbers[0] << geo.l2_shift
         jumps = len(numbers) - 1 - list(map(sub, numbers[1:], numbers)).count(1)
         return len(numbers), jumps + (expected not in (0, first)), (numbers[-1] + 1) << geo.l2_shift
+
+
+def _unread(marks: bytes, offset: int, cluster_size: int) -> list[tuple[int, int]]:
+    """The parts (bytes of the file) of the table at `offset` without READ in the marks of its clusters."""
+    spans: list[tuple[int, int]] = []
+    for at, mark in zip(count(offset, cluster_size), marks):
+        if not mark & READ:
+            start = spans.pop()[0] if spans and spans[-1][1] == at else at
+            spans.append((start, at + cluster_size))
+    return spans
 
 
 def _as_integer(block: Table) -> int:
@@ -317,11 +327,9 @@ class Scan:
             if first + geo.table_size > self.use.mapped:
                 continue  # its claim was counted
             marks = self.use.marks(first, geo.table_size)
-            known = [bool(mark & READ) for mark in marks]
             self.use.map[first : first + geo.table_size] = marks.translate(_NOW_READ)
             try:
-                if not all(known):
-                    self._read_l2(index, offset, any(known), limit)
+                self._read_l2(index, offset, _unread(marks, offset, geo.cluster_size), limit)
             except StorageError as error:
                 result.check_errors += 1
                 result.error = error
@@ -334,12 +342,17 @@ class Scan:
         """Surely no L2 table is there."""
         return abs(offset - self._l1_offset) < self.geometry.table_bytes
 
-    def _read_l2(self, index: int, offset: int, quiet: bool, limit: int) -> None:
-        """Claim what a table refers to; `quiet` if part of it belongs to another table, which is reported already."""
+    def _read_l2(self, index: int, offset: int, spans: list[tuple[int, int]], limit: int) -> None:
+        """Claim what a table refers to; `spans` (bytes of the file) are what was not read for other tables.
+
+        Where that is not all, the table overlaps another one, which is reported already, and nothing is here.
+        """
         geo, result = self.geometry, self.result
+        quiet = spans != [(offset, offset + geo.table_bytes)]
         pos = index << geo.l1_shift
         self._expected = 0
-        for base, table in table_parts(self.storage, geo, offset, self._buffer):
+        for start, table in parts_between(self.storage, geo, spans, self._buffer):
+            base = (start - offset) // ENTRY
             at = pos + (base << geo.l2_shift)
             claimed = None if quiet else self._blocks.claim_run(table, self._expected)
             if claimed is None and self._vectors is not None and not quiet:
