@@ -1,12 +1,15 @@
-"""QED as a target: the options of -o, what they may be, and making the image; for create, convert and measure."""
+"""Targets: the options of -o for QED, what they may be, and making new images."""
 
 from __future__ import annotations
 
 import os
+import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from ..errors import ImageFormatError, RequestError, StorageError
-from ..format.create import create
+from ..errors import ImageFormatError, RequestError
+from ..format.create import NewImage, plan
 from ..format.geometry import (
     DEFAULT_CLUSTER_SIZE,
     DEFAULT_TABLE_SIZE,
@@ -17,9 +20,11 @@ from ..format.geometry import (
     MIN_TABLE_SIZE,
     Geometry,
 )
-from ..format.header import HEADER_BYTES, MAX_BACKING_NAME, Header
+from ..format.header import HEADER_BYTES, MAX_BACKING_NAME
 from ..storage.file_lock import LockedError
+from ..storage.replacing import CreateError, replacing
 from ..units import parse_qemu_size
+from .locate import Location, locate
 from .messages import PROGRAM, open_reason
 
 SAME_FILE = "{}: Error: Trying to create an image with the same filename as the backing file"
@@ -116,8 +121,20 @@ def check_geometry(name: str, cluster_size: int, table_size: int, size: int) -> 
         )
 
 
-def make(name: str, path: str, options: Options, size: int, quiet: bool) -> Header:
-    """Say what is made, then make it at `path`; `name` is for messages.  Raises QEDError; then nothing is made."""
+def qemu_cannot_open(cluster_size: int, table_size: int, size: int) -> str | None:
+    """Why QEMU does not open an image of these sizes (bytes, clusters, bytes); None if it does."""
+    if table_size == 1:
+        return "with table_size=1"
+    # QEMU computes the largest size of a device in 64 bits, and nothing is left of it where that is 2^64.
+    limit = Geometry(cluster_size, table_size).max_image_size % 2**64
+    if size > limit:
+        return f"of {size} bytes with cluster_size={cluster_size} and table_size={table_size}"
+    return None
+
+
+def plan_image(options: Options, size: int, quiet: bool) -> NewImage:
+    """Say what is to be made.  Raises RequestError, in qemu-img's words, unless such an image can be made."""
+    name = options.name
     cluster_size = options.size("cluster_size", DEFAULT_CLUSTER_SIZE)
     table_size = options.size("table_size", DEFAULT_TABLE_SIZE)
     if not quiet:
@@ -129,19 +146,47 @@ def make(name: str, path: str, options: Options, size: int, quiet: bool) -> Head
     room = min(MAX_BACKING_NAME, cluster_size - HEADER_BYTES)
     if backing and len(os.fsencode(backing)) > room:
         raise RequestError(f"{name}: Backing file name is too long: at most {room} bytes fit into the header")
+    image = plan(
+        size,
+        cluster_size=cluster_size,
+        table_size=table_size,
+        backing_file=backing,
+        backing_fmt=options.values.get("backing_fmt"),
+    )
+    reason = qemu_cannot_open(cluster_size, table_size, image.header.image_size)
+    if reason is not None:
+        print(f"{PROGRAM}: warning: QEMU cannot open images {reason}", file=sys.stderr)
+    return image
+
+
+@contextmanager
+def new_file(prefix: str, where: Location, *, cache: str | None = None, apart: bool = False) -> Iterator[str]:
+    """The empty file that becomes the target when the block has ended well (replacing()).
+
+    Like qemu-img, this program makes a new file durable only if it is asked to, by a cache mode; but always one that
+    replaces another, unless the cache mode is "unsafe".  Raises RequestError, with `prefix` and qemu-img's message.
+    """
+    assert where.path is not None
+    sync = None if cache is None else cache != "unsafe"
     try:
-        header = create(
-            path,
-            size,
-            cluster_size=cluster_size,
-            table_size=table_size,
-            backing_file=backing,
-            backing_fmt=options.values.get("backing_fmt"),
-        )
+        with replacing(where.path, sync=sync, apart=apart) as place:
+            yield place
     except LockedError as error:
-        raise RequestError(f"{name}: {open_reason(error)}") from error
-    except StorageError as error:
-        raise RequestError(f"{name}: Could not create '{name}': {os.strerror(error.errno)}") from error
-    if table_size == 1:
-        print(f"{PROGRAM}: warning: QEMU cannot open images with table_size=1", file=sys.stderr)
-    return header
+        raise RequestError(f"{prefix}: {open_reason(error)}") from error
+    except CreateError as error:
+        raise RequestError(f"{prefix}: Could not create '{where.name}': {os.strerror(error.errno)}") from error
+
+
+def locate_new(name: str) -> Location:
+    """Where a new image called `name` is to be.  Raises RequestError."""
+    if name.startswith("json:"):
+        raise RequestError("Unknown protocol 'json'")
+    return locate(name)
+
+
+def is_device(path: str) -> bool:
+    """There is a block device at `path`."""
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False

@@ -11,14 +11,10 @@ from typing import NamedTuple, Union
 
 from ..engine.cluster_map import FOUND, ZERO
 from ..engine.image import QEDImage
-from ..engine.raw import RawSource, file_run
+from ..engine.raw import RawImage
 from ..engine.source import Source
 from ..format.geometry import SECTOR, round_up
-from ..storage import ReadBuffer, Storage, WriteBuffer
-from ..units import MiB
-
-BUFFER = 1 * MiB  # bytes per read or write: system calls do not matter, and it stays in the processor's cache
-_ZEROS = bytes(BUFFER)
+from ..storage import ZEROS
 
 
 class Run(NamedTuple):
@@ -33,44 +29,6 @@ class Run(NamedTuple):
     file: str | None  # the name of the file that has the data
     short: bool = False  # zeros because a backing file ends before it
     end: bool = False  # nothing there, up to the end of the lowest image
-
-
-class RawImage:
-    """A raw file.  Its size counts up to a whole sector, as in QEMU; what the file lacks of it is zeros."""
-
-    def __init__(self, storage: Storage, writable: bool = False) -> None:
-        self.storage = storage
-        self.backing: Source | None = None
-        self.size = round_up(storage.size(), SECTOR)  # bytes
-        self.writable = writable
-
-    def pread_into(self, buf: WriteBuffer, pos: int) -> None:
-        self.storage.pread_into(buf, pos)
-
-    def pwrite(self, buf: ReadBuffer, pos: int) -> None:
-        self.storage.pwrite(buf, pos)
-
-    def zero(self, pos: int, length: int) -> None:
-        """Make a range read as zeros; what is a hole already is left alone.  Raises StorageError."""
-        end = pos + length
-        while pos < end:
-            data, n = file_run(self.storage, pos, end - pos)
-            if data:
-                n = min(n, BUFFER)
-                self.storage.pwrite(memoryview(_ZEROS)[:n], pos)
-            pos += n
-
-    def flush(self) -> None:
-        self.storage.flush()
-
-    def close(self) -> None:
-        self.storage.close()
-
-    def __enter__(self) -> RawImage:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 EndPoint = Union[QEDImage, RawImage]
@@ -88,9 +46,9 @@ def block_status(image: EndPoint, pos: int, length: int) -> Run:
         if pos >= size:  # the image above is longer: zeros of its own
             return Run(length, depth - 1, False, True, False, None, None, short=True)
         length = min(length, size - pos)
-        if isinstance(layer, (RawImage, RawSource)):
-            offset = pos if isinstance(layer, RawImage) else layer.lookup(pos, length)[1]
-            data, length = file_run(layer.storage, offset, length)
+        if isinstance(layer, RawImage):
+            offset = layer.lookup(pos, length)[1]
+            data, length = layer.data_run(pos, length)
             return Run(length, depth, True, not data, data, offset, layer.storage.name)
         kind, offset, length = layer.lookup(pos, length)
         if kind is FOUND:
@@ -126,14 +84,9 @@ def _continues(before: Run, run: Run) -> bool:
 
 def first_nonzero(buf: bytearray, length: int) -> int | None:
     """Position of the first sector that is not all zeros in the first `length` bytes; None without one."""
-    if buf.startswith(memoryview(_ZEROS)[:length]):
+    if buf.startswith(ZEROS[:length]):
         return None
     for pos in range(0, length, SECTOR):
-        if not buf.startswith(memoryview(_ZEROS)[: min(SECTOR, length - pos)], pos):
+        if not buf.startswith(ZEROS[: min(SECTOR, length - pos)], pos):
             return pos
     return None
-
-
-def is_zero(buf: bytearray, start: int, end: int) -> bool:
-    """Whether bytes [start, end) are all zeros; at most BUFFER of them."""
-    return buf.startswith(memoryview(_ZEROS)[: end - start], start)

@@ -75,11 +75,14 @@ def open_end_point(
     """Open a QED image or a raw file, as find_format tells.  Raises QEDError with qemu-img's message."""
     if find_format(where) == "qed":
         return open_qed(where, writable, cache=cache, force_share=force_share)
-    from .images import RawImage
+    from ..engine.raw import RawImage
+    from ..format.geometry import SECTOR, round_up
 
     storage = open_file(where, writable, cache=cache, force_share=force_share)
     try:
-        return RawImage(storage, writable)
+        image = RawImage(storage, writable=writable)
+        image.size = round_up(image.size, SECTOR)  # as in QEMU; what the file lacks of the last sector is zeros
+        return image
     except StorageError:
         storage.close()
         raise

@@ -6,9 +6,10 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from ..errors import RequestError, UnsupportedError
-from .locate import Location
 from .messages import PROGRAM
 
 QEMU_IMG_VARIABLE = "QED_QEMU_IMG"  # environment: the qemu-img for other formats, instead of the one in PATH
@@ -60,16 +61,40 @@ def option_words(**options: object) -> list[str]:
     return words
 
 
-def foreign_size(source: Location, given: list[str], what: str) -> int:
-    """The size in bytes of the device in an image that qemu-img reads, with the options `given`."""
+class ToldError(Exception):
+    """qemu-img failed, and has said why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def must_succeed(exit_code: int) -> None:
+    """Raises ToldError."""
+    if exit_code:
+        raise ToldError(exit_code)
+
+
+def needed(what: str) -> str:
+    """The path of qemu-img, which `what` needs.  Raises UnsupportedError."""
     program = find_qemu_img()
     if program is None:
         raise UnsupportedError(f"{what} needs qemu-img, which cannot be found")
+    return program
+
+
+def answer(command: str, words: Sequence[str], what: str) -> Any:
+    """What `qemu-img command --output=json` says of an image.  Raises RequestError, UnsupportedError."""
     import json
     import subprocess
 
-    command = [program, "info", "--output=json", *given, source.name]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    argv = [needed(what), command, "--output=json", *words]
+    done = subprocess.run(argv, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise RequestError(done.stderr.strip().partition(": ")[2])
-    return int(json.loads(done.stdout)["virtual-size"])
+    return json.loads(done.stdout)
+
+
+def virtual_size(words: Sequence[str], what: str) -> int:
+    """The size in bytes of the device in an image, which `words` name to qemu-img."""
+    return int(answer("info", words, what)["virtual-size"])

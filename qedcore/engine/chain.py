@@ -20,7 +20,7 @@ from ..storage.file_lock import LockedError
 from ..storage.open import is_uri, open_storage
 from .image import DEFAULT_L2_CACHE, Parts, QEDImage
 from .in_flight import InFlight
-from .raw import RawSource
+from .raw import RawImage
 from .source import Source, layers
 
 Opener = Callable[[str, bool, CacheMode], Storage]
@@ -119,7 +119,9 @@ class ChainOpener:
         format = "raw" if no_probe else where.format
         try:
             if where.words is not None and format in FOREIGN_FORMATS:
-                return path, RawSource(self._opened(open_foreign(path, format, self._mode, path), path))
+                return path, RawImage(
+                    self._opened(open_foreign(path, format, self._mode, path), path), guest_of=(path, format)
+                )
             storage = self._opened(self._open_storage(where, real, writable), path)
             self._policy.check_opened(real, storage, what)
         except StorageError as error:
@@ -133,7 +135,7 @@ class ChainOpener:
             return path, None
         if format == "raw":
             plain = where.path is not None and not where.offset and where.size is None
-            return path, RawSource(storage, where.offset, where.size, writable and plain)
+            return path, RawImage(storage, offset=where.offset, size=where.size, writable=writable and plain)
         if format not in FOREIGN_FORMATS:
             raise UnsupportedError(f"{what}, is a {format} image, which is not supported")
         self._policy.check_self_contained(storage, format, what)
@@ -141,9 +143,10 @@ class ChainOpener:
         self._storages.remove(storage)
         storage.close()
         confined = real if self._policy.confines(format) else None
-        foreign = open_foreign(os.path.abspath(path) if where.path else path, format, self._mode, identity, confined)
+        target = os.path.abspath(path) if where.path else path
+        foreign = open_foreign(target, format, self._mode, identity, confined)
         self._storages.append(foreign)
-        return path, RawSource(foreign)
+        return path, RawImage(foreign, guest_of=(target, format))
 
     def _open_storage(self, where: BackingName, path: str, writable: bool) -> Storage:
         """The bytes of a backing file.  Raises StorageError and UnsupportedError."""
@@ -217,7 +220,7 @@ def open_source(
     try:
         found = format or probe(storage)
         if found == "raw":
-            return RawSource(storage)
+            return RawImage(storage)
         if found not in ("qed", *FOREIGN_FORMATS):
             raise UnsupportedError(f"{path} is a {found} image, which is not supported")
         identity = storage.identity()
@@ -228,7 +231,7 @@ def open_source(
     if found == "qed":
         return open_image(path, writable=False, cache=cache, opener=opener, policy=policy)
     target = path if is_uri(path) else os.path.abspath(path)
-    return RawSource(open_foreign(target, found, cache_mode(cache), identity))
+    return RawImage(open_foreign(target, found, cache_mode(cache), identity), guest_of=(target, found))
 
 
 def close_source(source: Source | None) -> None:

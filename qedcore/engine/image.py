@@ -27,11 +27,11 @@ from ..format.geometry import Bounds, Geometry
 from ..format.header import Header, HeaderUpdater, read_backing_name, read_header
 from ..format.table import TableIO
 from ..locks import Rank, ranked_lock
-from ..storage import ReadBuffer, Storage, WriteBuffer, close_all, drop_cache
+from ..storage import ReadBuffer, Storage, WriteBuffer, close_all, drop_cache, make_zeros
 from ..units import MiB
 from .allocator import Allocator
 from .census import Census
-from .cluster_map import ClusterMap, Kind
+from .cluster_map import FOUND, ClusterMap, Kind
 from .in_flight import InFlight
 from .l2_cache import L2Cache
 from .need_check import NeedCheckGate
@@ -303,6 +303,20 @@ class QEDImage:
         self._requests.trim(pos, length)
         if fua or self._writethrough:
             self.flush()
+
+    def clear(self, pos: int, length: int) -> None:
+        """Make a range read as zeros as zero() does; but data clusters keep their places in the file, as holes if it
+        can have any.  No other request may be in flight.
+        """
+        self._check_open()
+        while length:
+            kind, offset, n = self._clusters.lookup(pos, length)
+            if kind is FOUND:
+                make_zeros(self.storage, offset, offset + n)
+            else:
+                self._requests.zero(pos, n)
+            pos += n
+            length -= n
 
     def add_zero_clusters(self, pos: int, length: int) -> None:
         """Hide what is below the image in a range where it has no clusters (WritableRequests.add_zero_clusters)."""

@@ -1,44 +1,34 @@
-"""Raw files in a chain, and images in other formats: all of it is data but the holes that the file system tells."""
+"""RawImage: a raw file, or a part of one, seen like an image: as a layer of a chain, and as what is copied."""
 
 from __future__ import annotations
 
-import errno
-import os
-
 from ..errors import UnsupportedError
-from ..storage import Storage
-from ..storage.file import FileStorage
+from ..storage import ReadBuffer, Storage, WriteBuffer, data_run, make_zeros
 from .cluster_map import FOUND, Kind
 from .source import Source
 
 
-def file_run(storage: Storage, pos: int, length: int) -> tuple[bool, int]:
-    """(has data, bytes) of the run at pos of a plain file; a file system that cannot tell has data everywhere."""
-    if not isinstance(storage, FileStorage):
-        from ..storage.nbd import NbdStorage  # here, because most images are files
+class RawImage:
+    """See Source.  All of it is data in the file's own place; holes are told by data_run().
 
-        return storage.data_run(pos, length) if isinstance(storage, NbdStorage) else (True, length)
-    try:
-        data = os.lseek(storage.fd, pos, os.SEEK_DATA)
-        if data > pos:
-            return False, min(length, data - pos)
-        return True, min(length, os.lseek(storage.fd, pos, os.SEEK_HOLE) - pos)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # no data up to the end of the file, or past the end
-            return False, length
-        return True, length
-
-
-class RawSource:
-    """A raw file under an image, or a part of one: all of it is read.
-
-    Also an image in another format, whose guest's view is the storage.  `writable`: commit may write to the storage.
+    Without `size` (bytes) it goes to the end of the file.  With `guest_of`, (name, format), the storage is what a
+    guest sees of that image in another format, so that positions in it are not places in a file.  Raises
+    UnsupportedError for a part that the file does not have.
     """
 
-    def __init__(self, storage: Storage, offset: int = 0, size: int | None = None, writable: bool = False) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        writable: bool = False,
+        guest_of: tuple[str, str] | None = None,
+    ) -> None:
         self.storage = storage
         self.backing: Source | None = None
         self.writable = writable
+        self.guest_of = guest_of
         self._offset = offset  # bytes
         there = storage.size() - offset
         if offset < 0 or there < 0 or (size is not None and not 0 <= size <= there):
@@ -51,4 +41,32 @@ class RawSource:
         return FOUND, self._offset + pos, length
 
     def data_run(self, pos: int, length: int) -> tuple[bool, int]:
-        return file_run(self.storage, self._offset + pos, length)
+        return data_run(self.storage, self._offset + pos, length)
+
+    def pread_into(self, buf: WriteBuffer, pos: int) -> None:
+        self.storage.pread_into(buf, self._offset + pos)
+
+    def pwrite(self, buf: ReadBuffer, pos: int) -> None:
+        self.storage.pwrite(buf, self._offset + pos)
+
+    def clear(self, pos: int, length: int) -> None:
+        """Make a range read as zeros, without space of its own where that can be.  Raises StorageError."""
+        start = self._offset + pos
+        make_zeros(self.storage, start, start + length)
+
+    def grow(self, size: int) -> None:
+        """Make it `size` bytes long.  Raises StorageError."""
+        self.storage.truncate(size)
+        self.size = size
+
+    def flush(self) -> None:
+        self.storage.flush()
+
+    def close(self) -> None:
+        self.storage.close()
+
+    def __enter__(self) -> RawImage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from ..storage import Storage
-from ..units import MiB
-from .cluster_map import FOUND, ZERO, Kind
-
-ZEROS = memoryview(bytes(MiB))  # what zeros are copied and written from: making them takes as long as copying
+from ..storage import ZEROS, Storage
+from .cluster_map import FOUND, NO_CLUSTER, ZERO, Kind
 
 
 def fill_zeros(view: memoryview) -> None:
@@ -70,6 +67,28 @@ def find_zeros(layer: Source | None, pos: int, length: int) -> tuple[Kind, int]:
         return ZERO, length
     has_data, length = found.data_run(pos, length)
     return FOUND if has_data else ZERO, length
+
+
+def find_run(
+    top: Source, pos: int, length: int, above: Source | None = None
+) -> tuple[Kind, Storage | None, int, int]:
+    """What `top`, and what is below it, have at pos: (kind, storage, offset in it, bytes).
+
+    FOUND is data in that storage; holes of plain files are ZERO, too.  With `above`, a layer of the chain, only what
+    hides that one is looked at: NO_CLUSTER where nothing does.  Raises CorruptImageError and StorageError.
+    """
+    layer: Source | None = top
+    while layer is not None and layer is not above:
+        if pos >= layer.size:
+            return ZERO, None, 0, length  # a shorter layer: zeros past its end
+        kind, offset, length = layer.lookup(pos, min(length, layer.size - pos))
+        if kind is FOUND:
+            has_data, length = layer.data_run(pos, length)
+            return (FOUND, layer.storage, offset, length) if has_data else (ZERO, None, 0, length)
+        if kind is ZERO:
+            return ZERO, None, 0, length
+        layer = layer.backing
+    return (ZERO if above is None else NO_CLUSTER), None, 0, length
 
 
 def read_chain(layer: Source | None, view: memoryview, pos: int) -> None:

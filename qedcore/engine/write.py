@@ -16,7 +16,7 @@ from threading import get_ident
 
 from ..format.geometry import UNALLOCATED, ZERO_CLUSTER
 from ..format.table import Table, contiguous
-from ..storage import ReadBuffer, Storage
+from ..storage import ZEROS, ReadBuffer, Storage
 from .allocator import Allocator
 from .cluster_locks import Claims
 from .cluster_map import FOUND, NO_CLUSTER, NO_TABLE, ZERO, ClusterMap, Kind
@@ -24,7 +24,6 @@ from .in_flight import InFlight
 from .need_check import NeedCheckGate
 from .read import Requests
 from .reclaim import Extent, Reclaimer
-from .source import ZEROS
 
 
 class WritableRequests(Requests):

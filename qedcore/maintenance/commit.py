@@ -7,23 +7,20 @@ I2. Guests of the layers between, if there are any, do not: their base changes u
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Callable
 
-from ..engine.cluster_map import FOUND, ZERO, Kind
+from ..engine.cluster_map import FOUND, ZERO
 from ..engine.image import Metadata, QEDImage
-from ..engine.raw import RawSource
-from ..engine.source import Source
+from ..engine.raw import RawImage
+from ..engine.source import Source, find_run
 from ..errors import CorruptImageError, QEDError, UnsupportedError
 from ..format.geometry import ENTRY, UNALLOCATED
 from ..format.table import empty
-from ..storage import Storage
-from ..units import MiB
+from ..storage.copying import Copy, Piece
 from .compact import pack
 from .resize import resize
-
-COPY_STEP = 1 * MiB  # bytes copied at once
-_ZEROS = bytes(COPY_STEP)
 
 
 def commit(
@@ -44,8 +41,8 @@ def commit(
     for layer in (image, base):
         if isinstance(layer, QEDImage) and layer.header.need_check:
             raise CorruptImageError(f"{layer.storage.name} is damaged: repair it first (check -r all)")
-    target = _RawTarget(base) if isinstance(base, RawSource) and base.writable else base
-    if not isinstance(target, (QEDImage, _RawTarget)):
+    target = base
+    if not isinstance(target, (QEDImage, RawImage)) or not target.writable:
         raise UnsupportedError(f"cannot commit into {base.storage.name}")
     try:
         if base.size < image.size:
@@ -53,7 +50,7 @@ def commit(
                 resize(target, image.size)
             else:
                 target.grow(image.size)
-        _copy(image, base, target, progress, written)
+        Copy(target, progress=progress, written=written).run(_hiding(image, base))
         target.flush()
     except BaseException:
         with suppress(QEDError):  # the first error is the one to tell
@@ -65,41 +62,14 @@ def commit(
             _empty(metadata)
 
 
-def _copy(
-    image: QEDImage,
-    base: Source,
-    target: QEDImage | _RawTarget,
-    progress: Callable[[int], None],
-    written: Callable[[int], None],
-) -> None:
-    """Write all that hides the base into it."""
+def _hiding(image: QEDImage, base: Source) -> Iterator[Piece]:
+    """All that hides the base."""
     pos = 0
     while pos < image.size:
-        progress(pos)
-        storage, offset, kind, n = _find_above(image, base, pos, image.size - pos)
-        if kind is FOUND and storage is not None:
-            for done in range(0, n, COPY_STEP):
-                data = bytearray(min(COPY_STEP, n - done))
-                storage.pread_into(data, offset + done)
-                target.pwrite(data, pos + done)
-                progress(pos + done + len(data))
-                written(len(data))
-        elif kind is ZERO:
-            target.zero(pos, n)
-        pos += n
-
-
-def _find_above(image: Source, base: Source, pos: int, length: int) -> tuple[Storage | None, int, Kind | None, int]:
-    """What hides the base at pos: (storage, offset in it, FOUND or ZERO, bytes); None as kind if nothing does."""
-    layer: Source | None = image
-    while layer is not None and layer is not base:
-        if pos >= layer.size:
-            return None, 0, ZERO, length  # a shorter layer in between: zeros past its end
-        kind, offset, length = layer.lookup(pos, min(length, layer.size - pos))
+        kind, storage, offset, n = find_run(image, pos, image.size - pos, base)
         if kind is FOUND or kind is ZERO:
-            return layer.storage, offset, kind, length
-        layer = layer.backing
-    return None, 0, None, length
+            yield Piece(pos, n, storage, offset)
+        pos += n
 
 
 def _empty(metadata: Metadata) -> None:
@@ -112,32 +82,3 @@ def _empty(metadata: Metadata) -> None:
             metadata.tables.write_all(at, nothing)
     metadata.storage.flush()  # the L1 table, before the clusters are given back
     pack(metadata)
-
-
-class _RawTarget:
-    """A raw base, as far as commit needs an image."""
-
-    def __init__(self, source: RawSource) -> None:
-        self._source = source
-        self._storage = source.storage
-
-    def grow(self, size: int) -> None:
-        self._storage.truncate(size)
-        self._source.size = size
-
-    def pwrite(self, data: bytearray, pos: int) -> None:
-        self._storage.pwrite(data, pos)
-
-    def zero(self, pos: int, length: int) -> None:
-        """Write zeros where there are none yet, so that holes stay."""
-        for at in range(pos, pos + length, COPY_STEP):
-            data = bytearray(min(COPY_STEP, pos + length - at))
-            self._storage.pread_into(data, at)
-            if data != _ZEROS[: len(data)]:
-                self._storage.pwrite(bytes(len(data)), at)
-
-    def flush(self) -> None:
-        self._storage.flush()
-
-    def close(self) -> None:
-        self._storage.close()

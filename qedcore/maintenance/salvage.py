@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
 from ..check.cluster_use import DATA, METADATA, ClusterUse
+from ..engine.raw import RawImage
 from ..errors import ImageFormatError, RequestError
 from ..format.geometry import (
     DEFAULT_CLUSTER_SIZE,
@@ -37,7 +38,8 @@ from ..format.geometry import (
 from ..format.header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header
 from ..format.table import TableIO, next_data, table_parts
 from ..storage import Storage
-from ..units import MiB
+from ..storage.copying import Copy, Piece
+from ..units import KiB, MiB
 from .header_fit import CLUSTER_SIZES, TABLE_SIZES, Fit, fit, l1_shaped, prove, raw_header
 from .lost_tables import shape_of
 
@@ -45,7 +47,7 @@ GOOD, ZERO, LOST = "good", "zero", "lost"
 GUESSED = "position guessed"
 FROM_BACKING = "the backing file's data belongs here"
 
-_COPY_STEP = 4 * MiB  # bytes copied with one read and one write
+_DETECT = 4 * KiB  # bytes: zeros are looked for in units of this size
 
 
 class Range(NamedTuple):
@@ -355,24 +357,19 @@ class Salvage:
         if pos < end:
             yield Range(pos, end - pos, ZERO, nothing), 0
 
-    def write(self, found: Found, target: Storage) -> list[Range]:
-        """Write a raw file to `target`, which is empty; zeros and what is lost are holes.  The ranges, joined."""
-        target.truncate(found.image_size)
+    def write(self, found: Found, target: RawImage, fresh: bool = True) -> list[Range]:
+        """Write the device to `target`, zeros for what is lost; `fresh`: it is zeros now.  The ranges, joined."""
         joined: list[Range] = []
-        for piece, offset in self.ranges(found):
-            self._progress(piece.start, found.image_size)
-            if piece.state == GOOD:
-                self._copy(offset, target, piece.start, piece.length)
-            if joined and joined[-1][2:] == piece[2:]:
-                joined[-1] = joined[-1]._replace(length=joined[-1].length + piece.length)
-            else:
-                joined.append(piece)
+
+        def pieces() -> Iterator[Piece]:
+            for piece, offset in self.ranges(found):
+                yield Piece(piece.start, piece.length, self._storage if piece.state == GOOD else None, offset)
+                if joined and joined[-1][2:] == piece[2:]:
+                    joined[-1] = joined[-1]._replace(length=joined[-1].length + piece.length)
+                else:
+                    joined.append(piece)
+
+        copy = Copy(target, fresh=fresh, detect=_DETECT, progress=lambda pos: self._progress(pos, found.image_size))
+        copy.run(pieces())
         target.flush()
         return joined
-
-    def _copy(self, offset: int, target: Storage, pos: int, length: int) -> None:
-        for done in range(0, length, _COPY_STEP):
-            data = bytearray(min(_COPY_STEP, length - done))
-            self._storage.pread_into(data, offset + done)
-            if data.count(0) != len(data):
-                target.pwrite(data, pos + done)

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from ..errors import StorageError
+from ..units import KiB, MiB
+
+ZEROS = memoryview(bytes(MiB))  # what zeros are copied and written from: making them takes as long as copying
 
 # bytes, bytearray, memoryview, mmap: whatever the os module takes (typing.Buffer exists from 3.12 on)
 ReadBuffer = Any
@@ -78,6 +81,36 @@ def in_doubt(storage: Storage, offset: int, length: int) -> bool:
     """
     ask = getattr(storage, "in_doubt", None)
     return ask is not None and bool(ask(offset, length))
+
+
+def data_run(storage: Storage, offset: int, length: int) -> tuple[bool, int]:
+    """(it may have data, bytes) of the run at `offset`; what has none reads as zeros.
+
+    Data everywhere in a storage that cannot tell.
+    """
+    ask = getattr(storage, "data_run", None)
+    return (True, length) if ask is None else ask(offset, length)
+
+
+_BLOCK = 4 * KiB  # bytes: devices and servers zero whole blocks only, and few have larger ones
+
+
+def make_zeros(storage: Storage, start: int, end: int) -> None:
+    """Make bytes [start, end), which are inside the file, read as zeros; their space is given back if possible.
+
+    Where it is not, zeros are written, but only over data.  Raises StorageError.
+    """
+    if start == end or storage.punch(start, end - start):
+        return
+    first, last = -(-start // _BLOCK) * _BLOCK, end - end % _BLOCK
+    whole = first < last and (first, last) != (start, end) and storage.punch(first, last - first)
+    for at, stop in ((start, first), (last, end)) if whole else ((start, end),):
+        while at < stop:
+            has_data, n = data_run(storage, at, stop - at)
+            if has_data:
+                n = min(n, len(ZEROS))
+                storage.pwrite(ZEROS[:n], at)
+            at += n
 
 
 def close_all(storages: Iterable[Storage]) -> None:

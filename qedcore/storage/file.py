@@ -173,6 +173,17 @@ class FileStorage:
         except OSError as error:
             return FAR if error.errno == errno.ENXIO else offset  # ENXIO: only a hole up to the end
 
+    def data_run(self, offset: int, length: int) -> tuple[bool, int]:
+        """See storage.data_run.  A file system that cannot tell has data everywhere.  Raises nothing."""
+        try:
+            data = os.lseek(self.fd, offset, os.SEEK_DATA)
+            if data > offset:
+                return False, min(length, data - offset)
+            return True, min(length, os.lseek(self.fd, offset, os.SEEK_HOLE) - offset)
+        except OSError as error:
+            # ENXIO: no data up to the end of the file, or past the end
+            return error.errno != errno.ENXIO, length
+
     def prefetch(self, offset: int, length: int) -> None:
         """Have the system read these bytes into its cache; a hint, which may do nothing.  Raises nothing."""
         with suppress(OSError):
@@ -202,6 +213,8 @@ class FileStorage:
             punch_hole(self.fd, offset, length)
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
+                return False
+            if error.errno == errno.EINVAL and self.fixed_size:  # a device gives back whole blocks only
                 return False
             raise self._failed("punch", length, offset, error) from None
         return True

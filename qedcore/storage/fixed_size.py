@@ -17,10 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ..errors import StorageError
-from ..units import MiB
-from . import ReadBuffer, Storage, WriteBuffer, drop_cache, in_doubt
-
-_ZEROS = bytes(MiB)
+from . import ReadBuffer, Storage, WriteBuffer, drop_cache, in_doubt, make_zeros
 
 
 class FixedSizeStorage:
@@ -73,12 +70,6 @@ class FixedSizeStorage:
                 f"cannot make the image in {self.name} {size} bytes long: there are {capacity}", code=errno.ENOSPC
             )
         if size > self._size:
-            self._zero(self._size, size)
+            make_zeros(self._inner, self._size, size)
             self._inner.flush()  # before anything refers to it (I2)
         self._size = size
-
-    def _zero(self, start: int, end: int) -> None:
-        if self.punch(start, end - start):
-            return
-        for at in range(start, end, len(_ZEROS)):
-            self._inner.pwrite(memoryview(_ZEROS)[: end - at], at)

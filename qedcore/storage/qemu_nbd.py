@@ -1,4 +1,4 @@
-"""An image of any format that QEMU reads, through a qemu-nbd of its own, read-only.
+"""An image of any format that QEMU knows, through a qemu-nbd of its own.
 
 It gets a listening socket in the way of systemd's socket activation.  Our connection waits in that already and the
 socket has lost its name, so nobody else can connect.  qemu-nbd ends when its only client is gone, however that ends.
@@ -30,7 +30,7 @@ class QemuNbd:
         program = shutil.which("qemu-nbd")
         if program is None:
             raise UnsupportedError("needs qemu-nbd, which is not installed")
-        self._command = ["/bin/sh", "-c", _ACTIVATE, program, "--read-only", *words]
+        self._command = ["/bin/sh", "-c", _ACTIVATE, program, *words]
         self._fd = fd
         self._process: subprocess.Popen[bytes] | None = None
         self._messages: IO[bytes] | None = None
@@ -84,15 +84,17 @@ class QemuNbd:
             os.close(fd)
 
 
-def open_by_qemu(name: str, words: Sequence[str], identity: object, fd: int = -1) -> NbdStorage:
+def open_by_qemu(
+    name: str, words: Sequence[str], identity: object = None, fd: int = -1, *, writable: bool = False
+) -> NbdStorage:
     """The guest's view of an image: `words` name it to qemu-nbd, `name` is for messages.
 
     Takes over `fd`, a descriptor that qemu-nbd inherits, if it is not -1.  Raises StorageError and UnsupportedError.
     """
     try:
-        peer = QemuNbd(words, fd)
+        peer = QemuNbd(words if writable else ["--read-only", *words], fd)
     except UnsupportedError as error:
         if fd >= 0:
             os.close(fd)
         raise UnsupportedError(f"{name} {error}") from None
-    return NbdStorage(name, peer, identity=identity, patience=0.0)
+    return NbdStorage(name, peer, writable, identity=identity, patience=0.0)

@@ -179,7 +179,7 @@ def test_what_only_qed_does(use: Callable[..., ExitStack], images: Path, qed: Qe
                 assert result.rc == 1 and READ_REFUSED in result.err and "image [top.qed]?" in result.err
                 assert READ_REFUSED not in qed(*command, "-U", "top.qed", *out).err
             result = qed("salvage", "base.qed", "top.qed")  # its target
-            assert result.rc == 1 and f"{WRITE_REFUSED}. Is another process using the image [top.qed]?" in result.err
+            assert result.rc == 1 and WRITE_REFUSED in result.err and "image [top.qed]?" in result.err
             assert qed("check", "-q", "-r", "all", "--dry-run", "base.qed").rc == 0
             # the sibling is free, but what it is over cannot be written
             result = qed("commit", "other.qed")

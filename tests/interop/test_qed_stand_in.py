@@ -108,7 +108,7 @@ def test_dd(line: str, both: tuple[Path, Path]) -> None:
     one, two = both[0] / "x", both[1] / "x"
     if "-O qed" in line:
         assert qemu.qemu_img_ok("compare", "-f", "qed", "-F", "qed", one, two) == "Images are identical.\n"
-        assert assert_sound(two).allocated == assert_sound(one).allocated
+        assert assert_sound(two).allocated <= assert_sound(one).allocated
         with QedFile(one) as theirs, QedFile(two) as ours:
             assert ours.header["image_size"] == theirs.header["image_size"]
     else:

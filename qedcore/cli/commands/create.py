@@ -11,7 +11,7 @@ from ...backing.probe import probe
 from ...errors import QEDError, RequestError, StorageError, UnsupportedError
 from ...format.geometry import SECTOR, round_up
 from ...storage.file import FileStorage
-from ..creation import SAME_FILE, SIZES, Options, make, print_options
+from ..creation import SAME_FILE, SIZES, Options, is_device, new_file, plan_image, print_options
 from ..locate import Location, backing_path, locate
 from ..messages import PROGRAM, open_reason
 from ..open import open_qed
@@ -156,7 +156,11 @@ def run(args: argparse.Namespace) -> int:
         if args.format is None:
             args.argv[1:1] = ["-f", format]
         return delegate(args, f"creating {name}")
-    make(name, where.path, options, size, args.quiet)
+    image = plan_image(options, size, args.quiet)
+    if is_device(where.path):  # as qemu-img; an image gets there by being copied
+        raise RequestError(f"{name}: Cannot resize device files")
+    with new_file(name, where) as place:
+        image.write(place)
     return 0
 
 

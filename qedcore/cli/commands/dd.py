@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from collections.abc import Iterator
 
-from ...errors import RequestError, StorageError, UnsupportedError
-from ...format.create import replacing
+from ...engine.source import find_run
+from ...errors import RequestError, UnsupportedError
 from ...format.geometry import SECTOR, round_up
-from ..creation import Options, make
-from ..images import BUFFER, EndPoint
+from ...storage.copying import Copy, Piece
+from ..conversion import copy_unit, new_target, refuse_source_as_target
+from ..creation import Options, locate_new
+from ..images import EndPoint
 from ..locate import Location, find_format, locate
 from ..messages import PROGRAM
 from ..open import open_end_point
@@ -19,7 +21,7 @@ from ..qemu_img import delegate
 
 EPILOG = f"""\
 Operands are if=FILE and of=TARGET, and bs=SIZE (512), count=BLOCKS and skip=BLOCKS.  Blocks are counted from the
-beginning of the image: skip=2 count=5 copies three, from the third to the fifth.  All of them are stored, zeros too.
+beginning of the image: skip=2 count=5 copies three, from the third to the fifth.  Zeros take no space in TARGET.
 
 example:  {PROGRAM} dd -f qed -O raw bs=64k count=1 if=disk.qed of=first.raw
 """
@@ -65,37 +67,30 @@ def block_size(text: str) -> int:
 def copy(image: EndPoint, start: int, end: int, target: Location, format: str) -> None:
     """Bytes [start, end) of the image become a new one, which gets its name when it is complete.  Raises QEDError."""
     prefix = f"{target.name}: error while creating output image"
-    assert target.path is not None
-    try:
-        with replacing(target.path) as temporary:
-            if format == "qed":
-                make(prefix, temporary, Options(prefix, []), end - start, quiet=True)
-            else:
-                os.truncate(temporary, round_up(end - start, SECTOR))
-            with open_end_point(Location(target.name, temporary, format), True, cache="unsafe") as out:
-                buffer = memoryview(bytearray(BUFFER))
-                for pos in range(start, end, BUFFER):
-                    part = buffer[: end - pos]
-                    image.pread_into(part, pos)
-                    out.pwrite(part, pos - start)
-    except StorageError as error:
-        if str(error).startswith("cannot create "):
-            raise RequestError(f"{prefix}: Could not create '{target.name}': {os.strerror(error.errno)}") from error
-        raise
+
+    def pieces() -> Iterator[Piece]:
+        pos = start
+        while pos < end:
+            _, storage, offset, n = find_run(image, pos, end - pos)
+            yield Piece(pos - start, n, storage, offset)
+            pos += n
+
+    size = round_up(end - start, SECTOR)
+    with new_target(prefix, target, format, size, Options(prefix, []), None) as (out, fresh):
+        Copy(out, fresh=fresh, detect=copy_unit(out)).run(pieces())
 
 
 def run(args: argparse.Namespace) -> int:
     given = operands(args.operands)
-    source, target = locate(given["if"], args.format, args.image_opts), locate(given["of"])
+    source, target = locate(given["if"], args.format, args.image_opts), locate_new(given["of"])
     formats = (find_format(source), args.target_format)
-    if None in (source.path, target.path) or not {*formats} <= {"qed", "raw"}:
+    if None in (source.place, target.place) or not {*formats} <= {"qed", "raw"}:
         if "qed" in formats:
             raise UnsupportedError(f"dd from {formats[0]} to {formats[1]} is not done here: use convert")
         return delegate(args, f"dd from {formats[0]} to {formats[1]}")
     unit = block_size(given.get("bs", "512"))
     with open_end_point(source, force_share=args.force_share) as image:
-        if os.path.exists(target.path or "") and os.path.samefile(target.path or "", source.path or ""):
-            raise RequestError(f"{target.name}: error while creating output image: the target is the source")
+        refuse_source_as_target([image], target, f"{target.name}: error while creating output image")
         end = min(image.size, sized(given["count"], "count") * unit) if "count" in given else image.size
         start = sized(given.get("skip", "0"), "skip") * unit
         if start > end:

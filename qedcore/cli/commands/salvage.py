@@ -6,13 +6,15 @@ import argparse
 import json
 import os
 
+from ...engine.raw import RawImage
 from ...errors import RequestError
-from ...format.create import replacing
 from ...maintenance.salvage import GOOD, LOST, Found, Range, Salvage
 from ...storage import Storage
-from ...storage.file import FileStorage
 from ...storage.open import is_uri, open_file, open_storage
 from ...units import parse_size
+from ..conversion import new_target
+from ..creation import Options
+from ..locate import Location
 from ..options import add_output, add_shared
 from ..progress import Progress
 
@@ -76,13 +78,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(salvage: Salvage, found: Found, path: str) -> list[Range]:
-    """Write the raw file under another name, durably, and then give it its own."""
-    with replacing(path) as temporary:
-        target = FileStorage(temporary, writable=True)
-        try:
-            return salvage.write(found, target)
-        finally:
-            target.close()
+    """Make the raw file, durably: what was rescued may be all that there is."""
+    where = Location(path, None, "raw", uri=path) if is_uri(path) else Location(path, path, "raw")
+    with new_target(path, where, "raw", found.image_size, Options(path, []), "writeback") as (target, fresh):
+        assert isinstance(target, RawImage)
+        return salvage.write(found, target, fresh)
 
 
 def _print(output: str, image: str, found: Found, ranges: list[Range]) -> None:

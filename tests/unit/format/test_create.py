@@ -16,7 +16,7 @@ from support.qemu import qemu_img, qemu_img_ok
 
 import qedcore
 from qedcore.errors import QEDError, StorageError
-from qedcore.format.create import replacing
+from qedcore.storage.replacing import replacing
 
 
 def listing(directory: Path) -> dict[str, bytes]:

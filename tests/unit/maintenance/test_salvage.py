@@ -13,6 +13,7 @@ from support.patterns import KiB, MiB
 from support.qed_image import Built, Geometry, raw_reader
 
 from qedcore.cli.main import main
+from qedcore.engine.raw import RawImage
 from qedcore.errors import QEDError, StorageError
 from qedcore.format.geometry import Bounds
 from qedcore.format.geometry import Geometry as QedGeometry
@@ -64,7 +65,8 @@ def rescue(image: Path, out: Path, **known: Any) -> tuple[Any, list[Range]]:
     try:
         salvage = Salvage(storage, **known)
         found = salvage.search()
-        return found, salvage.write(found, target)
+        target.truncate(found.image_size)
+        return found, salvage.write(found, RawImage(target, writable=True))
     finally:
         storage.close()
         target.close()
@@ -240,7 +242,8 @@ def test_failing_target(image: Image, tmp_path: Path) -> None:
         target = Tap(FileStorage(tmp_path / "out.raw", True), FailAt(n, CHANGES))
         salvage = Salvage(FileStorage(built.path, False))
         with pytest.raises(StorageError):
-            salvage.write(salvage.search(), target)
+            target.truncate((found := salvage.search()).image_size)
+            salvage.write(found, RawImage(target, writable=True))
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

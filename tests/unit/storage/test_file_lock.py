@@ -16,7 +16,7 @@ from support.qed_image import Built
 
 import qedcore
 from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
-from qedcore.format.create import create, replacing
+from qedcore.format.create import create
 from qedcore.server.exports import OneImage
 from qedcore.server.parameters import Parameters
 from qedcore.server.shared_image import Opener
@@ -25,6 +25,7 @@ from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.file import FileStorage
 from qedcore.storage.file_lock import LockedError, Locking, Use, locking
 from qedcore.storage.open import open_file
+from qedcore.storage.replacing import replacing
 from unit.fakes import open_fds
 
 Image = Callable[..., Built]
