@@ -21,7 +21,7 @@ from typing import Callable
 
 from ..engine.image import Metadata, QEDImage
 from ..errors import CorruptImageError
-from ..format.geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER
+from ..format.geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER, is_marked
 from ..format.table import Table, empty, next_data, table_parts
 from ..units import MiB
 from .layout import FREE, Layout, is_table
@@ -218,7 +218,7 @@ def clear_past_end(metadata: Metadata, size: int, only_look: bool = False) -> bo
     found = False
     if entry and index < geo.table_entries:
         offset = metadata.tables.read(l1_offset + index * ENTRY, 1)[0]
-        if offset:
+        if offset and not is_marked(offset):
             if not metadata.bounds.valid_table(offset):
                 raise CorruptImageError(f"L1 entry {index} points to {offset:#x}, not a table: repair it first")
             found = _clear_entries(metadata, offset, entry, only_look)
@@ -256,7 +256,7 @@ def _drop_useless(metadata: Metadata, layout: Layout, zeros: bool) -> bool:
         for base, table in table_parts(metadata.storage, geo, offset):
             if zeros:
                 for i, entry in enumerate(table):
-                    if entry > ZERO_CLUSTER and _is_zero(metadata, entry):
+                    if entry > ZERO_CLUSTER and not is_marked(entry) and _is_zero(metadata, entry):
                         table[i] = zero[0]
                         tables.write(offset + base * ENTRY, table, i, zero)
                         found = True

@@ -11,7 +11,7 @@ from typing import Callable
 
 from ..engine.image import Metadata
 from ..errors import CorruptImageError, UnsupportedError
-from ..format.geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER
+from ..format.geometry import DANGLING, ENTRY, RESERVED_BITS, UNALLOCATED, ZERO_CLUSTER, is_marked
 from ..format.table import SMALL, Table, empty, next_data
 from ..storage.file import FAR
 
@@ -79,9 +79,9 @@ class SlotMap:
 class Layout:
     """Where every unit of a sound image is.
 
-    Reads each byte of a table once, and none of the holes in large ones.  Raises CorruptImageError if the image is
-    damaged, StorageError, and LimitError when more than `max_bytes` of tables would have to be read, or when more
-    than `max_units` clusters are in use.
+    Reads each byte of a table once, and none of the holes in large ones.  Entries that were made invalid for good
+    lead to no unit.  Raises CorruptImageError if the image is damaged, StorageError, and LimitError when more than
+    `max_bytes` of tables would have to be read, or when more than `max_units` clusters are in use.
     """
 
     def __init__(self, metadata: Metadata, *, max_bytes: int = FAR, max_units: int = FAR) -> None:
@@ -99,7 +99,7 @@ class Layout:
         self._place(L1_TABLE, self._l1_offset())
         for base, l1 in self._parts(self._l1_offset):
             for index, offset in enumerate(l1, base):
-                if offset:
+                if offset and not is_marked(offset):
                     self._place(l2_unit(index), offset)
                     self.l2_offsets[index] = offset
         for index in self.l2_offsets:
@@ -141,7 +141,7 @@ class Layout:
         first = index * self._geometry.table_entries
         for base, table in self._parts(lambda: self.l2_offsets[index]):
             for cluster, entry in enumerate(table, first + base):
-                if entry > ZERO_CLUSTER:
+                if entry > ZERO_CLUSTER and entry & RESERVED_BITS != DANGLING:  # inlined from is_marked
                     yield data_unit(cluster), entry
 
     def in_order(self) -> Iterator[int]:

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 from support.crashes import World, check_crashes, guest
-from support.patterns import KiB, random_ops, stamp
+from support.patterns import KiB, MiB, random_ops, stamp
 from support.qed_image import F_NEED_CHECK, ZERO, Built, Geometry, QedFile, assert_sound, read_header
 
 import qedcore
 from qedcore.errors import CorruptImageError, QEDError, ReadOnlyError, ShutdownError, StorageError
+from qedcore.format.geometry import mark_dangling
 from qedcore.maintenance import compact as module
 from qedcore.maintenance import move
 from qedcore.maintenance.compact import compact, pack
+from qedcore.maintenance.resize import resize
 from qedcore.maintenance.tidy import tidy
 from qedcore.server.shared_image import SharedImage
 from unit.fakes import FailAt, open_tapped
@@ -474,3 +476,28 @@ def test_tidy_gives_back_what_another_program_has_leaked(image: Image) -> None:
         assert tidy(img) == 0
     assert_sound(built.path)
     assert guest(built.path) == before
+
+
+@pytest.mark.parametrize("table", ["L1", "L2"])
+@pytest.mark.parametrize(
+    "work", [tidy, compact, lambda img: compact(img, zeros=True), lambda img: resize(img, img.size // 2)]
+)
+def test_entries_made_invalid_for_good_are_no_obstacle(
+    image: Image, table: str, work: Callable[[qedcore.QEDImage], object]
+) -> None:
+    """They lead to nothing that could move, and stay what they are."""
+    entries = {3: lambda built: mark_dangling(built.end)}
+    wrong: dict[str, Any] = {"entries": entries} if table == "L2" else {"l1_entries": entries}
+    built = image(
+        size=16 * MiB, cluster_size=CS, table_size=1, layout="DD-", litter=lambda behind: [b"", b""], **wrong
+    )
+    with qedcore.open_image(built.path) as img:
+        work(img)
+    report = QedFile(built.path).verify()
+    assert len(report.impossible) == len(report.errors) == 1
+    assert not report.leaks
+    lost = 3 * CS if table == "L2" else 3 * built.spec.geometry.l2_span
+    with qedcore.open_image(built.path, writable=False) as img:
+        assert img.pread(2 * CS, 0) == built.read(0, 2 * CS)
+        with pytest.raises(CorruptImageError):
+            img.pread(1, lost)
