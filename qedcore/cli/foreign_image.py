@@ -1,4 +1,4 @@
-"""Images in other formats as sources and targets of a copy: qemu-img tells of them, and qemu-nbd shows them."""
+"""Images in other formats in chains, as sources and as targets: qemu-img tells of them, and qemu-nbd shows them."""
 
 from __future__ import annotations
 

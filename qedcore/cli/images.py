@@ -7,7 +7,7 @@ what QEMU's block layer says of it, through the whole backing chain.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Union
+from typing import Callable, NamedTuple, Union
 
 from ..engine.cluster_map import FOUND, ZERO
 from ..engine.image import QEDImage
@@ -34,10 +34,14 @@ class Run(NamedTuple):
 EndPoint = Union[QEDImage, RawImage]
 
 
-def block_status(image: EndPoint, pos: int, length: int) -> Run:
+Rows = Callable[[int, int], Run]  # block_status() of an image in another format
+
+
+def block_status(image: EndPoint, pos: int, length: int, foreign: Rows | None = None) -> Run:
     """The run at pos, as far as `length` and the images of the chain agree; length > 0, inside the device.
 
-    Raises CorruptImageError and StorageError.
+    `foreign` tells of the image in another format that the chain may end with: without it, there is no telling where
+    in which file its data are.  Raises CorruptImageError and StorageError.
     """
     layer: Source | EndPoint | None = image
     depth = size = 0
@@ -47,8 +51,13 @@ def block_status(image: EndPoint, pos: int, length: int) -> Run:
             return Run(length, depth - 1, False, True, False, None, None, short=True)
         length = min(length, size - pos)
         if isinstance(layer, RawImage):
+            if layer.guest_of is not None and foreign is not None:
+                run = foreign(pos, length)
+                return run._replace(depth=depth + run.depth)
             offset = layer.lookup(pos, length)[1]
             data, length = layer.data_run(pos, length)
+            if layer.guest_of is not None:
+                return Run(length, depth, data, not data, data, None, None)
             return Run(length, depth, True, not data, data, offset, layer.storage.name)
         kind, offset, length = layer.lookup(pos, length)
         if kind is FOUND:
@@ -60,11 +69,11 @@ def block_status(image: EndPoint, pos: int, length: int) -> Run:
     return Run(length, depth - 1, False, True, False, None, None, end=pos + length == size)
 
 
-def runs(image: EndPoint, pos: int, end: int) -> Iterator[tuple[int, Run]]:
+def runs(image: EndPoint, pos: int, end: int, foreign: Rows | None = None) -> Iterator[tuple[int, Run]]:
     """(position, run) of all runs in [pos, end); neighbours in one state, and contiguous, are joined."""
     waiting: tuple[int, Run] | None = None
     while pos < end:
-        run = block_status(image, pos, end - pos)
+        run = block_status(image, pos, end - pos, foreign)
         if waiting is not None and _continues(waiting[1], run):
             waiting = (waiting[0], waiting[1]._replace(length=waiting[1].length + run.length))
         else:

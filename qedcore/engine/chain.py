@@ -146,7 +146,7 @@ class ChainOpener:
         target = os.path.abspath(path) if where.path else path
         foreign = open_foreign(target, format, self._mode, identity, confined)
         self._storages.append(foreign)
-        return path, RawImage(foreign, guest_of=(target, format))
+        return path, RawImage(foreign, guest_of=(path, format))
 
     def _open_storage(self, where: BackingName, path: str, writable: bool) -> Storage:
         """The bytes of a backing file.  Raises StorageError and UnsupportedError."""
@@ -231,7 +231,7 @@ def open_source(
     if found == "qed":
         return open_image(path, writable=False, cache=cache, opener=opener, policy=policy)
     target = path if is_uri(path) else os.path.abspath(path)
-    return RawImage(open_foreign(target, found, cache_mode(cache), identity), guest_of=(target, found))
+    return RawImage(open_foreign(target, found, cache_mode(cache), identity), guest_of=(path, found))
 
 
 def close_source(source: Source | None) -> None:

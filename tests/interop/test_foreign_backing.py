@@ -466,3 +466,31 @@ def test_check_opens_no_backing_file(tmp_path: Path, overlay: tuple[Path, bytes]
     assert qed("check", overlay[0], cwd=tmp_path).rc == 0
     with pytest.raises(QEDError):
         qedcore.open_image(overlay[0], policy=ANY)
+
+
+def test_map_through_other_formats(image: Image, tmp_path: Path) -> None:
+    """The places are those in the files of the other format, and names are as they were given."""
+    os.mkdir(tmp_path / "sub")
+    lowest, below = tmp_path / "lowest.qcow2", tmp_path / "sub" / "below.qcow2"
+    qemu.qemu_img_ok("create", "-q", "-f", "qcow2", lowest, "4M")
+    qemu.qemu_io_ok(lowest, "write -q -P 3 2M 64k", fmt="qcow2")
+    qemu.qemu_img_ok("create", "-q", "-f", "qcow2", "-b", "../lowest.qcow2", "-F", "qcow2", below)
+    qemu.qemu_io_ok(below, "write -q -P 7 1M 64k", "write -q -P 8 0 64k", "write -q -z 3M 64k", fmt="qcow2")
+    image("top.qed", size=5 * MiB, layout={24: "data", 30: "zero"}, backing="sub/below.qcow2")
+    for name in ("top.qed", tmp_path / "top.qed"):
+        for options in ((), ("--output=json",), ("--output=json", "-s", "1M", "-l", "100k")):
+            line = ["map", *options, name]
+            expected, found = qemu.qemu_img(*line, cwd=tmp_path), qed(*line, cwd=tmp_path)
+            assert (found.rc, found.out) == (expected.rc, expected.out)
+
+
+def test_map_of_what_has_no_place(image: Image, tmp_path: Path) -> None:
+    """Compressed clusters."""
+    (tmp_path / "data").write_bytes(stamp(1, 0, MiB))
+    qemu.qemu_img_ok("convert", "-c", "-O", "qcow2", tmp_path / "data", tmp_path / "below.qcow2")
+    image("top.qed", size=MiB, backing="below.qcow2")
+    for options in ((), ("--output=json",)):
+        line = ["map", *options, "top.qed"]
+        expected, found = qemu.qemu_img(*line, cwd=tmp_path), qed(*line, cwd=tmp_path)
+        assert (found.rc, found.out) == (expected.rc, expected.out)
+        assert found.err == expected.err.replace("qemu-img: ", "qed: ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ...errors import CorruptImageError, RequestError
+from ..foreign_map import rows_of
 from ..images import Run, runs
 from ..locate import find_format, is_ours, locate
 from ..open import open_end_point
@@ -43,17 +44,20 @@ def run(args: argparse.Namespace) -> int:
         end = image.size
         if args.max_length is not None:
             end = min(end, start + sized(args.max_length, "max length"))
+        foreign = rows_of(image, args.force_share)
         try:
             if args.output == "json":
                 separator = "["
-                for pos, found in runs(image, start, end):
+                for pos, found in runs(image, start, end, foreign):
                     print(separator, json_row(pos, found), sep="", end="")
                     separator = ",\n"
                 # qemu-img has a row for an empty range, too
                 print("]" if start < end else f"[{json_row(start, Run(0, 0, False, False, False, None, None))}]")
             else:
                 print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
-                for pos, found in runs(image, start, end):
+                for pos, found in runs(image, start, end, foreign):
+                    if found.data and found.offset is None:
+                        raise RequestError("File contains external, encrypted or compressed clusters.")
                     if found.data:
                         print(f"{_hex(pos)}{_hex(found.length)}{_hex(found.offset or 0)}{found.file}")
         except CorruptImageError as error:
