@@ -27,7 +27,7 @@ I4. The semaphore counts the threads that have made their last use of the interp
     `-t 1` serves the requests and may still be ending while the interpreter is torn down.
 I5. If drain() gives up, it takes the gate and keeps it: a thread that ends later sleeps until the process exits
     instead of entering an interpreter that is gone. The gate and the semaphore are never freed.
-I6. Where any of this is unproven (not CPython 3.9 to 3.13, free-threaded, not Linux with glibc) enable() returns
+I6. Where any of this is unproven (not CPython 3.9 to 3.15, free-threaded, not Linux with glibc) enable() returns
     False and nothing changes but speed.
 
 Lock: `_lock` guards the counters; no other lock is taken and no thread waited for while it is held.
@@ -47,7 +47,7 @@ from typing import Any
 
 # CPython versions on which tests/plugin/test_thread_state.py has run, first and last.
 FIRST_VERSION = (3, 9)
-LAST_VERSION = (3, 13)
+LAST_VERSION = (3, 15)
 
 # Runs a function when the calling thread ends; glibc's own, the C++ runtime uses it for thread_local objects.
 THREAD_ATEXIT = "__cxa_thread_atexit_impl"

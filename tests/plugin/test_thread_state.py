@@ -466,7 +466,7 @@ def test_enable_refuses_where_it_is_unproven(monkeypatch: pytest.MonkeyPatch, na
     [
         (sys.implementation, "name", "pypy"),
         (sys, "version_info", (3, 8, 18)),
-        (sys, "version_info", (3, 14, 0)),
+        (sys, "version_info", (3, 16, 0)),
         (sys, "platform", "freebsd14"),
         (sys, "abiflags", "t"),
     ],
@@ -653,14 +653,17 @@ def cleanup():
 
 
 def interpreters() -> Iterator[Any]:
-    """One per minor version: the running interpreter and pyenv's."""
-    found = {f"{sys.version_info.major}.{sys.version_info.minor}": sys.executable}
-    for path in sorted(Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv").glob("versions/*/bin/python3")):
-        version = ".".join(path.parts[-3].split(".")[:2])
-        if version in {"3.9", "3.10", "3.11", "3.12", "3.13"}:
-            found.setdefault(version, str(path))
-    for version, path_name in sorted(found.items()):
-        yield pytest.param(path_name, id=version)
+    """One per minor version: the running interpreter, the distribution's and pyenv's."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    for minor in range(thread_state.FIRST_VERSION[1], thread_state.LAST_VERSION[1] + 1):
+        version = f"3.{minor}"
+        places = [Path(f"/usr/bin/python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python3"))]
+        if sys.version_info[:2] == (3, minor):
+            places.insert(0, Path(sys.executable))
+        for path in places:
+            if path.exists():
+                yield pytest.param(str(path), id=version)
+                break
 
 
 @pytest.fixture(scope="module", params=interpreters())
