@@ -24,17 +24,19 @@ export PATH := $(PATH):/usr/sbin:/sbin
 MAKEFLAGS += --no-print-directory
 venv_python := .venv/bin/python
 need := sh tests/install.sh
-# nbdinfo runs file(1), and prints garbage without it.
-serving := python3 nbdkit nbdkit-plugin-python libnbd-bin file python3-libnbd qemu-utils
-testing := $(serving) python3-venv e2fsprogs gnutls-bin strace python3-numpy perl fio fuse3
+serving := python3 nbdkit nbdkit-plugin-python
+# After "--": what can be done without.  nbdinfo runs file(1), and prints garbage without it.
+clients := libnbd-bin file python3-libnbd qemu-utils
+testing := $(serving) python3-venv -- $(clients) e2fsprogs gnutls-bin strace python3-numpy perl fio fuse3
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo check crash fuzz soak lint format bench install uninstall clean
+.PHONY: help run demo check check-on crash fuzz soak lint format bench install uninstall clean
 
 help:
 	@echo 'make run      serve FILE (default image.qed, created with SIZE, default 1G) until Ctrl-C'
 	@echo 'make demo     a round trip with a real file system: in, out, checked, compared'
 	@echo "make check    run all tests; ARGS='...' goes to pytest, JOBS=N tests at a time (default 2)"
+	@echo 'make check-on SUITE=trixie   all of the above and lint in a bare Debian: bookworm, trixie or sid (as root)'
 	@echo "make crash    power loss at every step, simulated and of recorded servers; ARGS='--states N' (try --help)"
 	@echo "make fuzz     hostile images, chosen by what they reach in the engine; ARGS='--minutes 60'"
 	@echo "make soak     mixed work, ends and kills of the server, all verified; ARGS='--minutes 60' or '--kills 200'"
@@ -44,20 +46,25 @@ help:
 	@echo '              PREFIX=/usr/local, DESTDIR=, and PLUGINDIR=, which nbdkit tells'
 	@echo 'make clean    remove .venv and caches'
 	@echo
-	@echo 'Missing tools are installed with apt-get (as root, or through sudo).'
+	@echo 'Missing tools are installed with apt-get, dnf or zypper (as root, or through sudo).'
 
 run:
-	@$(need) $(serving)
+	@$(need) $(serving) -- $(clients)
 	@$(PYTHON) tests/serve.py
 
 demo:
-	@$(need) $(serving) e2fsprogs
+	@$(need) $(serving) libnbd-bin file e2fsprogs -- qemu-utils
 	@sh tests/demo.sh
 
 check:
 	@$(need) $(testing)
 	@$(MAKE) -s .venv/.stamp
 	@$(venv_python) -m pytest -n $(JOBS) $(ARGS)
+
+# KEEP=DIR keeps the system there, for the next time.
+check-on:
+	@$(need) mmdebstrap git
+	@JOBS=$(JOBS) tests/on_suite.sh $(if $(KEEP),-k "$(KEEP)") $(SUITE) $(if $(COMMAND),'$(COMMAND)')
 
 crash:
 	@$(need) $(testing)
@@ -91,7 +98,7 @@ lint format:
 	$(venv_python) -m ruff format .
 
 bench:
-	@$(need) $(serving) python3-venv python3-numpy fio
+	@$(need) $(serving) $(clients) python3-venv python3-numpy fio
 	@$(MAKE) -s .venv/.bench
 	@$(venv_python) tests/bench/bench.py $(ARGS)
 

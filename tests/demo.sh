@@ -72,19 +72,23 @@ nbdcopy "$uri" "$dir/out.raw"
 e2fsck -n -f "$dir/out.raw" >"$dir/log" 2>&1 || { cat "$dir/log"; exit 1; }
 cmp "$dir/disk.raw" "$dir/out.raw"
 
-step 'convert it to qcow2 over NBD (qemu-img convert), compare'
-qemu-img convert -f raw -O qcow2 "$uri" "$dir/out.qcow2"
-qemu-img compare -f raw -F qcow2 "$dir/disk.raw" "$dir/out.qcow2" >"$dir/log" ||
-    { cat "$dir/log"; exit 1; }
+if command -v qemu-img >/dev/null; then
+    step 'convert it to qcow2 over NBD (qemu-img convert), compare'
+    qemu-img convert -f raw -O qcow2 "$uri" "$dir/out.qcow2"
+    qemu-img compare -f raw -F qcow2 "$dir/disk.raw" "$dir/out.qcow2" >"$dir/log" ||
+        { cat "$dir/log"; exit 1; }
+fi
 stop
 
-if qemu-img --help | grep -q '^Supported formats:.* qed\( \|$\)'; then
+checked='every copy is identical, and every check is clean.'
+if qemu-img create -q -f qed "$dir/theirs.qed" 64K 2>"$dir/log"; then
     step 'check and compare the QED file itself (qemu-img check, compare)'
     qemu-img check -q -f qed "$dir/disk.qed"
     qemu-img compare -f raw -F qed "$dir/disk.raw" "$dir/disk.qed" >"$dir/log" ||
         { cat "$dir/log"; exit 1; }
 else
     step 'skipped qemu-img check: this QEMU has no QED driver'
+    checked="every copy is identical; QEMU's own checks were skipped."
 fi
 
 step 'serve it again, read-only, and compare once more'
@@ -93,4 +97,4 @@ nbdcopy "$uri" "$dir/again.raw"
 cmp "$dir/disk.raw" "$dir/again.raw"
 stop
 
-echo 'OK: every copy is identical, and every check is clean.'
+echo "OK: $checked"

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Usage: install.sh PACKAGE...
-# Install those of the named Debian packages whose tools are missing.  When nothing is missing,
-# neither apt-get nor sudo is called.
+# Usage: install.sh PACKAGE... [-- PACKAGE...]
+# Install those of the named Debian packages whose tools are missing, by apt-get, dnf or zypper.  Those after "--" are
+# wished for: without them things are left out.  When nothing is missing, no package manager nor sudo is called.
 
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
@@ -30,34 +30,85 @@ missing() {
     done
 }
 
-wanted=$(missing "$@")
-[ -n "$wanted" ] || exit 0
+# What this system's packages are called; nothing if a package that is there anyway has it.
+translated() {
+    for package; do
+        case $manager:$package in
+            apt-get:*) ;;
+            *:python3-venv) package=python3 ;;
+            *:nbdkit-plugin-python) package=nbdkit-python-plugin ;;
+            *:libnbd-bin) package=libnbd ;;
+            dnf:qemu-utils) package=qemu-img ;;
+            zypper:qemu-utils) package=qemu-tools ;;
+            dnf:perl) package=perl-podlators ;;
+            dnf:gnutls-bin) package=gnutls-utils ;;
+            zypper:gnutls-bin) package=gnutls ;;
+        esac
+        printf ' %s' "$package"
+    done
+}
 
-if ! command -v apt-get >/dev/null; then
-    echo "missing tools: please install what your distribution calls$wanted (the names are Debian's)" >&2
+# Named packages, which are this system's.
+install_named() {
+    case $manager in
+        apt-get)
+            $sudo apt-get update -q &&
+                $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
+            ;;
+        dnf) $sudo dnf install -q -y --setopt=install_weak_deps=False "$@" ;;
+        zypper) $sudo zypper --non-interactive --quiet install --no-recommends "$@" ;;
+    esac
+}
+
+needed= wished= dashes=
+for package; do
+    case $package in
+        --) dashes=yes ;;
+        *) if [ -z "$dashes" ]; then needed="$needed $package"; else wished="$wished $package"; fi ;;
+    esac
+done
+# These and $sudo are lists of words.
+needed=$(missing $needed)
+wished=$(missing $wished)
+[ -n "$needed$wished" ] || exit 0
+
+manager=
+for name in apt-get dnf zypper; do
+    if command -v $name >/dev/null; then
+        manager=$name
+        break
+    fi
+done
+if [ -z "$manager" ]; then
+    echo "missing tools: please install what your distribution calls$needed$wished (the names are Debian's)" >&2
+    [ -z "$needed" ] && exit 0
     exit 1
 elif [ "$(id -u)" = 0 ]; then
     sudo=
 elif command -v sudo >/dev/null; then
     sudo=sudo
 else
-    echo "missing tools, and neither root nor sudo to install them: apt-get install$wanted" >&2
+    echo "missing tools, and neither root nor sudo to install them: $manager install$(translated $needed $wished)" >&2
+    [ -z "$needed" ] && exit 0
     exit 1
 fi
 
-echo "Installing$wanted"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-# $wanted and $sudo are lists of words.
-if ! { $sudo apt-get update -q &&
-       $sudo env DEBIAN_FRONTEND=noninteractive \
-           apt-get install -q -y --no-install-recommends $wanted; } >"$log" 2>&1 </dev/null; then
-    cat "$log" >&2
-    exit 1
+all=$(translated $needed $wished)
+echo "Installing$all"
+if ! install_named $all >"$log" 2>&1 </dev/null && [ $manager != apt-get ]; then
+    # RHEL may not have one of them, which keeps back the others: one at a time, what it has is installed.
+    for name in $all; do
+        install_named "$name" >>"$log" 2>&1 </dev/null || :
+    done
 fi
 
-wanted=$(missing "$@")
-if [ -n "$wanted" ]; then
-    echo "installed, but still not usable:$wanted" >&2
+needed=$(missing $needed)
+wished=$(missing $wished)
+if [ -n "$needed" ]; then
+    cat "$log" >&2
+    echo "still not usable:$(translated $needed)" >&2
     exit 1
 fi
+[ -z "$wished" ] || echo "not to be had here, what needs it is left out:$(translated $wished)" >&2
