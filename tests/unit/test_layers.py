@@ -148,3 +148,41 @@ def test_serving_loads_no_more_than_it_needs() -> None:
     unwanted |= {"qedcore.storage.nbd", "qedcore.storage.qemu_nbd"}
     unwanted |= {"numpy", "nbd", "argparse", "json", "subprocess", "socket", "asyncio", "multiprocessing", "logging"}
     assert not modules & unwanted
+
+
+# Modules whose tests need more than a unit test has (the real nbdkit, QEMU, threads that take turns), or are tested
+# with the one that uses them.
+ELSEWHERE = {
+    "__main__": "interop/test_interrupts.py",
+    "backing.foreign": "interop/test_foreign_backing.py",
+    "cli.conversion": "interop/test_qed_commands.py",
+    "cli.creation": "interop/test_qed_commands.py",
+    "cli.foreign_image": "interop/test_qed_commands.py",
+    "cli.images": "interop/test_qed_commands.py",
+    "cli.messages": "interop/test_qed_commands.py",
+    "cli.nbdkit": "interop/test_qed_commands.py",
+    "engine.cluster_locks": "crash/test_cluster_locks.py",
+    "engine.reclaim": "unit/engine/test_allocator.py",
+    "maintenance.header_fit": "unit/maintenance/test_repair.py",
+    "maintenance.layout": "unit/maintenance/test_compact.py",
+    "maintenance.lost_tables": "unit/maintenance/test_repair.py",
+    "maintenance.move": "unit/maintenance/test_compact.py",
+    "maintenance.tidy": "unit/maintenance/test_compact.py",
+    "server.thread_state": "plugin/test_thread_state.py",
+    "storage.nbd_link": "unit/storage/test_nbd.py",
+    "storage.qemu_nbd": "interop/test_foreign_backing.py",
+}
+
+
+def is_command(module: str) -> bool:
+    """Those are tested beside qemu-img: tests/interop/test_qed_*.py."""
+    return module.startswith("cli.commands.")
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if not is_command(name)))
+def test_every_module_has_tests_of_its_name(module: str) -> None:
+    if MODULES[module].name == "__init__.py":
+        return
+    path = Path("unit", *module.split(".")[:-1], f"test_{module.rpartition('.')[2]}.py")
+    assert (ROOT / "tests" / ELSEWHERE.get(module, path)).exists(), f"tests/{path} is missing, or a line in ELSEWHERE"
+    assert module not in ELSEWHERE or not (ROOT / "tests" / path).exists()

@@ -1,4 +1,4 @@
-"""The scan of all tables, and the repair after a crash, on images of the independent builder."""
+"""The repair after a crash, on images of the independent builder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,202 +16,10 @@ from support.patterns import GiB, KiB, MiB, assert_same
 from support.qed_image import F_NEED_CHECK, Built, QedFile, assert_sound
 
 import qedcore
-from qedcore.check.cluster_use import DATA, METADATA, SHARED, ClusterUse
-from qedcore.check.scan import Damage, Scan, ScanResult
 from qedcore.errors import QEDError
-from qedcore.format.header import read_header
-from qedcore.storage.file import FileStorage
+from unit.check.damaged import CS, DAMAGED
+from unit.check.looks import Image, entries, scan
 from unit.fakes import CHANGES, FailAt, open_tapped
-
-Image = Callable[..., Built]
-
-
-def scan(path: Path) -> tuple[ScanResult, list[Damage]]:
-    """What is found, and the damage in the order of guest positions."""
-    damage: list[Damage] = []
-    storage = FileStorage(path, writable=False)
-    try:
-        header, geometry, bounds = read_header(storage)
-        target = Scan(storage, geometry, bounds, header.l1_table_offset, report=damage.append, vectors=False)
-        return target.run(), sorted(damage, key=lambda found: found.pos)
-    finally:
-        storage.close()
-
-
-CS = 64 * KiB
-REACH = 2 * GiB  # of one L2 table at the default geometry
-
-SOUND: dict[str, dict[str, Any]] = {
-    "empty": {},
-    "data": {"layout": "DDD"},
-    "mixed": {"layout": "D-ZZ-DD"},
-    "reversed": {"layout": "DDDD", "reverse": True},
-    "several tables": {"size": 8 * GiB, "layout": {0: "data", 32767: "data", 32768: "data", 100000: "zero"}},
-    "L1 last": {"layout": "DD", "l1_last": True},
-    "header of 3": {"layout": "D", "header_size": 3},
-    "table of 1": {"cluster_size": 4096, "table_size": 1, "layout": {0: "data", 511: "data", 512: "data"}},
-    "past the end of the device": {"size": 2 * CS, "layout": "DDDD"},
-    "leaks": {"layout": "D", "leaks": 3},
-    "several slices": {
-        "cluster_size": MiB,
-        "table_size": 2,
-        "size": 1 << 40,
-        "layout": {0: "data", 131071: "data", 131072: "zero", 200000: "data"},
-    },
-}
-
-
-@pytest.mark.parametrize("name", SOUND)
-def test_sound(image: Image, name: str) -> None:
-    built = image(**SOUND[name])
-    found, damage = scan(built.path)
-    oracle = assert_sound(built.path, leaks=None)
-    assert not damage and not found.corruptions
-    assert found.allocated == oracle.allocated == len(built.offsets)
-    assert found.leaks == len(oracle.leaks)
-    assert found.end == built.end - built.spec.leaks * built.spec.cluster_size
-
-
-# layout options -> data clusters that do not follow the one before
-FRAGMENTED = (
-    ({"layout": "DDD"}, 0),
-    ({"layout": "D--D"}, 0),
-    ({"layout": "DDDD", "reverse": True}, 3),
-    ({"layout": "D-Z", "leaks": 3, "entries": {3: lambda b: b.end - CS}}, 1),
-)
-
-
-@pytest.mark.parametrize(("changes", "count"), FRAGMENTED)
-def test_fragmented(image: Image, changes: dict[str, Any], count: int) -> None:
-    assert scan(image(**changes).path)[0].fragmented == count
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A damaged entry that the scan must find: guest position, table and kind."""
-
-    table: str
-    pos: int
-    kind: str  # "crash" (past the end), "shared" or "wild"
-
-
-def kind_of(damage: Any) -> str:
-    return "shared" if damage.shared else "crash" if damage.past_end else "wild"
-
-
-# name -> (spec, damage in the order of guest positions)
-DAMAGED: dict[str, tuple[dict[str, Any], list[Bad]]] = {
-    "L2 at the end": ({"layout": "D", "entries": {1: lambda b: b.end}}, [Bad("L2", CS, "crash")]),
-    "L2 far past the end": ({"layout": "D", "entries": {7: 1 << 40}}, [Bad("L2", 7 * CS, "crash")]),
-    "L2 at 2**64 - 1 cluster": ({"entries": {0: 2**64 - CS}}, [Bad("L2", 0, "crash")]),
-    "L2 unaligned": ({"layout": "D", "entries": {1: 6 * CS + 512}}, [Bad("L2", CS, "wild")]),
-    "L2 unaligned past the end": ({"entries": {1: (1 << 40) + 1}}, [Bad("L2", CS, "wild")]),
-    "L2 is 2": ({"entries": {0: 2}}, [Bad("L2", 0, "wild")]),
-    "L2 in the header": ({"header_size": 2, "entries": {0: CS}}, [Bad("L2", 0, "wild")]),
-    "L2 in the L1 table": ({"entries": {0: 4 * CS}}, [Bad("L2", 0, "shared")]),
-    "L2 in its own table": ({"entries": {0: lambda b: b.l2_offsets[0] + CS}}, [Bad("L2", 0, "shared")]),
-    "two L2 on one cluster": ({"layout": "D", "entries": {9: lambda b: b.offsets[0]}}, [Bad("L2", 9 * CS, "shared")]),
-    "last entry of a table": (
-        {"size": 4 * GiB, "layout": {32768: "data"}, "entries": {32767: lambda b: b.end}},
-        [Bad("L2", REACH - CS, "crash")],
-    ),
-    "past the end of the device": (
-        {"size": 2 * CS, "layout": "D", "entries": {30000: lambda b: b.offsets[0], 30001: 3}},
-        [Bad("L2", 30000 * CS, "shared"), Bad("L2", 30001 * CS, "wild")],
-    ),
-    "L1 at the end": ({"size": 4 * GiB, "l1_entries": {1: lambda b: b.end}}, [Bad("L1", REACH, "crash")]),
-    "L1 straddles the end": (
-        {"size": 4 * GiB, "leaks": 3, "l1_entries": {1: lambda b: b.end - 3 * CS}},
-        [Bad("L1", REACH, "crash")],
-    ),
-    "L1 ends with the file": ({"size": 4 * GiB, "leaks": 4, "l1_entries": {1: lambda b: b.end - 4 * CS}}, []),
-    "L1 at 2**64 - 1 table": ({"l1_entries": {0: 2**64 - 4 * CS}}, [Bad("L1", 0, "crash")]),
-    "L1 is 1": ({"layout": "", "l1_entries": {0: 1}}, [Bad("L1", 0, "wild")]),
-    "L1 unaligned": ({"layout": "D", "l1_entries": {1: 6 * CS + 8}}, [Bad("L1", REACH, "wild")]),
-    "L1 in the header": ({"header_size": 2, "l1_entries": {5: CS}}, [Bad("L1", 5 * REACH, "wild")]),
-    "L1 on the L1 table": ({"l1_entries": {0: CS}}, [Bad("L1", 0, "shared")]),
-    "two L1 on one table": (
-        {"size": 4 * GiB, "layout": "D", "l1_entries": {1: lambda b: b.l2_offsets[0]}},
-        [Bad("L1", REACH, "shared")],
-    ),
-    "L1 overlaps a table": (
-        {"size": 4 * GiB, "layout": "D", "leaks": 4, "l1_entries": {1: lambda b: b.l2_offsets[0] + CS}},
-        [Bad("L1", REACH, "shared")],
-    ),
-    "L1 on data": (
-        {"size": 4 * GiB, "layout": "D", "l1_entries": {1: lambda b: b.offsets[0]}},
-        [Bad("L2", 0, "shared"), Bad("L1", REACH, "shared")],
-    ),
-    "L1 past the end of the device": ({"size": CS, "l1_entries": {9: 1 << 40}}, [Bad("L1", 9 * REACH, "crash")]),
-    "data on a table that comes later": (
-        {"size": 4 * GiB, "layout": {0: "data", 32768: "data"}, "entries": {1: lambda b: b.l2_offsets[1] + CS}},
-        [Bad("L2", CS, "shared")],  # tables come first
-    ),
-    "in a later slice": (
-        {
-            "cluster_size": MiB,
-            "table_size": 2,
-            "size": 1 << 40,
-            "layout": {0: "data"},
-            "entries": {131071: 5, 131072: lambda b: b.offsets[0], 262143: lambda b: b.end},
-        },
-        [Bad("L2", 131071 * MiB, "wild"), Bad("L2", 131072 * MiB, "shared"), Bad("L2", 262143 * MiB, "crash")],
-    ),
-    "clusters at multiples of cluster_size - 1": (  # QEMU misses a table that straddles one (B12)
-        {
-            "cluster_size": 4096,
-            "table_size": 2,
-            "size": 2 * 4 * MiB,
-            "layout": dict.fromkeys(range(1024), "data"),
-            "leaks": 3200,
-            "l1_entries": {1: 4094 * 4096},
-            "entries": {5: 4095 * 4096},
-        },
-        [Bad("L2", 5 * 4096, "shared")],
-    ),
-    "several": (
-        {"layout": "DD", "entries": {2: 7, 3: lambda b: b.end, 4: lambda b: b.offsets[1]}},
-        [Bad("L2", 2 * CS, "wild"), Bad("L2", 3 * CS, "crash"), Bad("L2", 4 * CS, "shared")],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damage(image: Image, name: str) -> None:
-    spec, bad = DAMAGED[name]
-    built = image(**spec)
-    before = built.path.read_bytes() if built.end < 32 * MiB else b""
-    _, found = scan(built.path)
-    assert [Bad(damage.table, damage.pos, kind_of(damage)) for damage in found] == bad
-    with QedFile(built.path) as oracle:
-        assert bool(oracle.verify().errors) is bool(bad)
-        for damage in found:  # place and value are those in the file
-            index, slot = divmod(damage.pos // built.spec.cluster_size, built.spec.geometry.entries)
-            at = damage.table_offset
-            want = (built.l1_offset, index) if damage.table == "L1" else (oracle.l1[index], slot)
-            assert (at, damage.index) == want
-            value = oracle.l1[index] if damage.table == "L1" else oracle.l2_table(at)[slot]
-            assert damage.value == value
-            text = str(damage)
-            assert f"{damage.table} entry {damage.index} at {at + damage.index * 8:#x}" in text
-            assert f"{value:#x}" in text and f"{damage.pos:#x}" in text and "\n" not in text
-    assert not before or built.path.read_bytes() == before
-
-
-# Repair: what a writable open of an image with NEED_CHECK does
-
-
-def entries(path: Path) -> tuple[dict[int, int], dict[int, int]]:
-    """Nonzero L1 entries, and L2 entries by guest cluster where there is a table."""
-    with QedFile(path) as file:
-        first = file.header["header_size"] * file.geometry.cluster_size
-        found = {}
-        for index, offset in file.l1.items():
-            aligned = offset % file.geometry.cluster_size == 0
-            if aligned and first <= offset <= file.length - file.geometry.table_bytes:
-                for slot, value in file.l2_table(offset).items():
-                    found[index * file.geometry.entries + slot] = value
-        return dict(file.l1), found
 
 
 def repair(path: Path) -> list[str]:
@@ -416,9 +222,6 @@ def test_read_error_keeps_need_check(image: Image) -> None:
     assert_sound(built.path)
 
 
-# Whatever the image, memory and the log have a limit.
-
-
 def test_many_damaged_entries(image: Image) -> None:
     """Half a million entries of one table: no object is kept for each, one write per slice, a short log."""
     built = image(cluster_size=MiB, table_size=4, layout="D", features=F_NEED_CHECK)
@@ -531,18 +334,3 @@ def test_data_behind_a_stray_table_is_not_written_to(image: Image) -> None:
     with QedFile(built.path) as oracle:
         assert oracle.need_check
     assert not any("cleared" in line for line in notices) and any("cannot repair" in line for line in notices)
-
-
-def test_cluster_use() -> None:
-    use = ClusterUse(1 << 51, 1000)
-    assert (
-        use.claim(3, DATA) and use.claim(999, METADATA) and use.claim(1000, DATA) and use.claim((1 << 51) - 1, DATA)
-    )
-    assert use.unmapped == 2
-    assert not use.claim(3, METADATA) and not use.claim_free(999, DATA) and not use.claim_free(1000, DATA)
-    assert use.marks(3) == bytes([DATA | METADATA | SHARED]) and use.marks(999, 2) == bytes([METADATA])
-    assert use.claim_run(10, 5, DATA) and not use.claim_run(14, 2, DATA) and not use.claim_run(999, 2, DATA)
-    assert use.marks(9, 7) == bytes([0, DATA, DATA, DATA, DATA, DATA, 0])
-    assert [use.next_free(n) for n in (3, 10, 999, 5000)] == [4, 15, 1000, 5000]
-    assert [use.next_used(n) for n in (0, 4, 1000)] == [3, 10, 1 << 51]
-    assert (use.count(), use.last()) == (7, 1000)

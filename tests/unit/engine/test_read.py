@@ -13,13 +13,11 @@ from support.qed_image import raw_reader
 
 import qedcore
 from qedcore.errors import (
-    CorruptImageError,
     ReadOnlyError,
     RequestError,
     ShutdownError,
 )
 from unit.engine.tapped import BASE, CS, Image
-from unit.fakes import extents
 
 
 @pytest.mark.parametrize(
@@ -109,20 +107,6 @@ def test_every_byte_of_the_buffer_is_set(image: Image, tmp_path: Path, backing: 
                 buf = bytearray(b"\xee" * min(length, img.size - pos))
                 img.pread_into(buf, pos)
                 assert_same(bytes(buf), want[pos : pos + len(buf)], pos)
-
-
-@pytest.mark.parametrize("writable", [True, False], ids=["rw", "ro"])
-def test_run_ends_with_the_file(image: Image, writable: bool) -> None:
-    """The last cluster is read, the next one of the run is an error, however they are asked for."""
-    built = image(layout="D", leaks=2, entries={n: lambda b, n=n: b.end + (n - 3) * CS for n in (1, 2, 3)})
-    with qedcore.open_image(built.path, writable) as img:
-        for pos, length in ((CS, 3 * CS), (2 * CS, 2 * CS), (3 * CS, 1), (3 * CS - 1, 2)):
-            for request in (lambda: img.pread(length, pos), lambda: img.extents(pos, length)):  # noqa: B023
-                with pytest.raises(CorruptImageError, match="L2 entry 3 at .* not a cluster"):
-                    request()
-        assert img.pread(2 * CS, CS) == bytes(2 * CS)
-        assert extents(img, 0, 3 * CS) == [(3 * CS, "FOUND")]
-        assert extents(img, 0, 4 * CS, one=True) == [(3 * CS, "FOUND")]  # the next request is told
 
 
 @pytest.mark.parametrize("layout", ["", "Z" * 64, "D"], ids=["no table", "zero clusters", "table"])

@@ -20,7 +20,7 @@ from support.patterns import GiB, KiB, MiB
 from support.qed_image import F_NEED_CHECK, Built, Geometry, ImageSpec, QedFile, assert_sound, build, read_header
 
 from qedcore.check.cluster_use import READ
-from qedcore.check.scan import Blocks, Damage, Scan, ScanResult
+from qedcore.check.scan import Damage, Scan, ScanResult
 from qedcore.errors import ImageFormatError, QEDError, StorageError
 from qedcore.format.geometry import mark_dangling
 from qedcore.format.header import read_header as read_qed_header
@@ -32,11 +32,9 @@ from qedcore.storage.overlay import Rehearsal
 from unit.fakes import CHANGES, Call, FailAt, MemoryStorage, Tap
 
 Image = Callable[..., Built]
-
 HAS_NUMPY = importlib.util.find_spec("numpy") is not None
 VECTORS = [False, pytest.param(True, marks=pytest.mark.skipif(not HAS_NUMPY, reason="numpy is not installed"))]
 DAMAGED_IMAGES = int(os.environ.get("QED_TEST_DAMAGED", "60"))  # how many random ones
-
 CS = 4 * KiB
 SMALL = {"cluster_size": CS, "table_size": 2}
 E = Geometry(CS, 2).entries  # 1024: one L2 table maps 4 MiB
@@ -45,6 +43,7 @@ TWO: dict[str, Any] = {
     "size": 3 * E * CS,
     "layout": {0: "data", 1: "data", 5: "zero", 9: "data", E: "data", E + 1: "data"},
 }
+
 
 SOUND: dict[str, dict[str, Any]] = {
     "empty": {},
@@ -57,6 +56,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "default geometry": {"size": 8 * GiB, "layout": {0: "data", 32767: "data", 32768: "data", 100000: "zero"}},
     "slices": {"cluster_size": MiB, "table_size": 2, "size": 1 << 40, "layout": {0: "data", 131072: "data"}},
 }
+
 
 # name -> (spec, corruptions, leaks, guest clusters that may read anything afterwards)
 DAMAGED: dict[str, tuple[dict[str, Any], int, int, Sequence[int]]] = {
@@ -124,6 +124,7 @@ DAMAGED: dict[str, tuple[dict[str, Any], int, int, Sequence[int]]] = {
     ),
 }
 
+
 HEADERS: dict[str, dict[str, int]] = {
     "cluster_size invalid": {"cluster_size": 5000},
     "cluster_size too large": {"cluster_size": 64 * KiB},
@@ -174,9 +175,6 @@ def expected(built: Built, without: Sequence[int] = ()) -> dict[int, bytes]:
     return {n: built.read(n * cs, cs) for n in wanted if (n + 1) * cs <= built.spec.size}
 
 
-# -- the scan --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("vectors", VECTORS)
 @pytest.mark.parametrize("name", SOUND)
 def test_sound(image: Image, name: str, vectors: bool) -> None:
@@ -203,84 +201,6 @@ def test_damage_is_counted(image: Image, name: str, vectors: bool) -> None:
     assert bool(said) is bool(corruptions)
     assert (found, said, used) == scan(FileStorage(built.path, False), None)
     assert built.path.read_bytes() == before
-
-
-@pytest.mark.skipif(not HAS_NUMPY, reason="numpy is not installed")
-def test_numpy_finds_the_same(tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables full of entries in any order, with and without damage: vectors, blocks and single entries agree."""
-    entries, clusters = E, 3 * E
-    header = ImageSpec(**SMALL, size=3 * E * CS)
-    for damage in range(12):
-        built = build(tmp_path / "a.qed", header)
-        first = built.end + 3 * 2 * CS
-        offsets = [first + n * CS for n in range(clusters)]
-        if damage % 3:
-            rng.shuffle(offsets)
-        for _ in range(rng.randrange(damage + 1)):
-            values = [0, 1, 2, rng.getrandbits(64), rng.choice(offsets), CS, first - CS, first + clusters * CS]
-            offsets[rng.randrange(clusters)] = rng.choice([*values, rng.choice(offsets) | 1])
-        with built.path.open("r+b") as f:
-            f.truncate(first + clusters * CS)
-            f.seek(CS)
-            f.write(struct.pack("<3Q", *(built.end + i * 2 * CS for i in range(3))))
-            f.seek(built.end)
-            f.write(struct.pack(f"<{3 * entries}Q", *offsets))
-        plain = scan(FileStorage(built.path, False), False)
-        assert scan(FileStorage(built.path, False), True) == plain
-        with monkeypatch.context() as patch:
-            patch.setattr(Blocks, "claim", lambda *_: None)
-            patch.setattr(Blocks, "claim_run", lambda *_: None)
-            assert scan(FileStorage(built.path, False), False) == plain
-        with QedFile(built.path) as oracle:
-            report = oracle.verify()
-        assert plain[0].corruptions == len(report.errors) or any(b & 1 and b & 2 for b in plain[2])
-
-
-@pytest.mark.skipif(not HAS_NUMPY, reason="numpy is not installed")
-@pytest.mark.parametrize("tables", [1, 31, 32, 33, 64, 65, 97])
-def test_numpy_finds_the_same_in_many_tables(
-    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch, tables: int
-) -> None:
-    """Tables that are runs, shuffled, sparse, blank, or holes in the file: sound, and with one wrong entry."""
-    monkeypatch.setattr("qedcore.check.scan_numpy._BATCH_ENTRIES", 32 * E)  # tables at once
-    path = tmp_path / "a.qed"
-    full = ["run", "run", "shuffled", "pieces"]
-    for damaged, kinds in (False, full), (False, [*full, "sparse", "zeros", "blank", "hole"]), (True, full):
-        built = build(path, ImageSpec(**SMALL, size=tables * E * CS))
-        places = list(range(tables))
-        rng.shuffle(places)
-        data = built.end + tables * 2 * CS
-        contents = []
-        for number in range(tables):
-            entries = [data + (number * E + n) * CS for n in range(E)]
-            kind = rng.choice(kinds)
-            if kind == "shuffled":
-                rng.shuffle(entries)
-            elif kind == "pieces":
-                at = rng.randrange(E)
-                entries = entries[at:] + entries[:at]
-            elif kind == "sparse":
-                entries = [rng.choice((0, 0, 1, entry)) for entry in entries]
-            elif kind != "run":
-                entries = [int(kind == "zeros")] * E
-            contents.append((kind, entries))
-        if damaged:
-            kind, entries = rng.choice(contents)
-            entries[rng.randrange(E)] = rng.choice([2, CS, data + rng.randrange(tables * E) * CS, data + 8, 1 << 60])
-        with path.open("r+b") as f:
-            f.truncate(data + tables * E * CS)
-            f.seek(CS)
-            f.write(struct.pack(f"<{tables}Q", *(built.end + place * 2 * CS for place in places)))
-            for place, (kind, entries) in zip(places, contents):
-                if kind != "hole" or any(entries):
-                    f.seek(built.end + place * 2 * CS)
-                    f.write(struct.pack(f"<{E}Q", *entries))
-        plain = scan(FileStorage(path, False), False)
-        assert scan(FileStorage(path, False), True) == plain
-        with monkeypatch.context() as patch:
-            patch.setattr(Blocks, "claim", lambda *_: None)
-            patch.setattr(Blocks, "claim_run", lambda *_: None)
-            assert scan(FileStorage(path, False), False) == plain
 
 
 def test_holes_are_not_read(image: Image) -> None:
@@ -312,9 +232,6 @@ def test_unreadable_table_is_an_error_of_the_check(image: Image) -> None:
     outcome, _ = repair(Tap(FileStorage(built.path, True), hook))
     assert outcome.last.check_errors == 1
     assert built.path.read_bytes() == before
-
-
-# -- repairs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -511,9 +428,6 @@ def test_dry_run(image: Image, name: str) -> None:
     assert outcome.leaks_fixed == done.leaks_fixed
 
 
-# -- interrupted -----------------------------------------------------------------------------------------------------
-
-
 class Interrupted:
     """An image whose repair was interrupted, and what must hold for it."""
 
@@ -586,9 +500,6 @@ def readable(path: Path, built: Built) -> set[int]:
                 if file.read(cluster * cs, cs) == data:
                     good.add(cluster)
     return good
-
-
-# -- random damage ---------------------------------------------------------------------------------------------------
 
 
 class Wreck:
