@@ -51,6 +51,17 @@ def test_clusters_follow_the_end() -> None:
     assert tap.size() >= bounds.end
 
 
+def test_nothing_grows_into_what_is_in_doubt(small_step: int) -> None:
+    """A growth that met no answer may still make zeros, under what was put there since."""
+    storage = MemoryStorage(bytes(2 * CS))
+    doubt = range(3 * CS, 7 * CS)
+    storage.in_doubt = lambda offset, length: offset < doubt.stop and offset + length > doubt.start  # type: ignore[attr-defined]
+    target, _, bounds = allocator(storage)
+    offsets = [target.allocate(n).offset for n in (1, 1, 2, 9)]
+    assert offsets == [7 * CS, 8 * CS, 9 * CS, 11 * CS]
+    assert bounds.end == 20 * CS <= storage.size()
+
+
 def test_growth_steps(small_step: int) -> None:
     """The file always covers what was handed out, and is made longer only when it has to be."""
     tap = Tap(MemoryStorage(bytes(2 * CS)))
