@@ -22,16 +22,14 @@ def main() -> NoReturn:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:
         os._exit(130)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed
-            setattr(sys, name, open(os.devnull, "w", errors="ignore"))
+    from .cli.output import Output, errors, fill_descriptors
+
+    fill_descriptors()
+    sys.stdout, sys.stderr = Output(sys.stdout), errors(sys.stderr)
     from .cli.main import main as run
 
     code = run()
-    try:
-        sys.stderr.flush()
-    except OSError:
-        pass  # nobody can be told
+    sys.stderr.flush()
     os._exit(code)  # all is closed and written: the interpreter need not be taken apart
 
 

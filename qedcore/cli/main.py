@@ -17,6 +17,7 @@ from .. import __version__
 from ..errors import QEDError
 from .messages import PROGRAM
 from .open import to_be_checked, trace
+from .output import Output
 
 COMMANDS = {
     "create": "make an empty image",
@@ -43,6 +44,9 @@ _MODULES = {
     "amend": "refusals",
     "bitmap": "refusals",
 }  # command -> module, if named otherwise
+
+# Those that do more than print.
+_CHANGING = frozenset(("create", "salvage", "resize", "rebase", "commit", "compact", "convert", "dd"))
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -147,6 +151,26 @@ def _broken_pipe() -> int:
     return _ended_by(signal.SIGPIPE)
 
 
+def _output_lost(failure: int, code: int, changes: bool) -> int:
+    """The exit code of a command that has returned `code`; a line says so if its output got lost.
+
+    That is a failure, unless the command has changed something: what is done should not be done again.
+    """
+    sys.stdout.flush()
+    lost = sys.stdout.lost() if isinstance(sys.stdout, Output) else None
+    if lost is None:
+        return code
+    done = changes and code == EXIT_OK
+    print(f"{PROGRAM}: {lost}{'; what was asked for is done' if done else ''}", file=sys.stderr)
+    return code if changes or code else failure
+
+
+def _explain(error: QEDError | OSError) -> str:
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename is not None else error.strerror
+
+
 def _ended_by(number: int) -> int:
     """The exit code; a line says so if an image has to be checked now."""
     path = to_be_checked()
@@ -166,14 +190,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             args = parse(sys.argv[1:] if argv is None else argv)
-        except SystemExit:
-            sys.stdout.flush()  # of help: an error if nobody gets it
-            raise
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else EXIT_OK
+            sys.exit(_output_lost(EXIT_FAILURE, code, False))  # of help: an error if nobody gets it
     except BrokenPipeError:
         return _broken_pipe()
     except (QEDError, OSError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {_explain(error)}", file=sys.stderr)
         return EXIT_FAILURE
+    changes = args.command in _CHANGING or getattr(args, "repair", None) is not None
+    if isinstance(sys.stdout, Output):
+        sys.stdout.needed(not changes)
     failure = getattr(args.module, "FAILURE", EXIT_FAILURE)
     before = {number: signal.getsignal(number) for number in (*_FATAL, signal.SIGINT)}
     interrupt = before[signal.SIGINT]
@@ -187,9 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.enable()
         if args.trace:
             trace(args.trace)
-        code = args.module.run(args)
-        sys.stdout.flush()
-        return int(code)
+        return _output_lost(failure, int(args.module.run(args)), changes)
     except BrokenPipeError:
         return _broken_pipe()
     except (QEDError, OSError, KeyboardInterrupt) as error:
@@ -200,7 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         if isinstance(error, KeyboardInterrupt):
             return _ended_by(signal.SIGINT)
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {_explain(error)}", file=sys.stderr)
+        path = to_be_checked()
+        if path is not None:
+            text = f"{path} was not closed cleanly: it will be checked when it is next written to"
+            print(f"{PROGRAM}: {text}", file=sys.stderr)
         return int(getattr(error, "exit_code", failure))
     except Terminated as signalled:
         return _ended_by(signalled.args[0] - _AFTER_SIGNAL)

@@ -54,11 +54,13 @@ def open_qed(
     def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
         locking = Locking.AUTO if opened else where.locking
         opened.append(path)
-        if writable:
-            _written.append(path)
         if is_uri(path):
-            return open_storage(path, writable, mode)
-        return open_local(path, writable, mode, locking=locking, share=force_share)
+            storage = open_storage(path, writable, mode)
+        else:
+            storage = open_local(path, writable, mode, locking=locking, share=force_share)
+        if writable:
+            _written.append(path)  # only now: what others use is not ours to tell of
+        return storage
 
     try:
         return open_image(where.place, writable, cache=cache or "writeback", opener=opener, **options)
@@ -109,7 +111,7 @@ _written: list[str] = []  # paths of all that open_qed has opened for writing
 
 
 def to_be_checked() -> str | None:
-    """The path of an image that the command has left so when it was interrupted."""
+    """The path of an image that the command has left so when it was interrupted, or failed."""
     for path in _written:
         with suppress(QEDError):
             storage = open_storage(path, writable=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,10 @@ from support.patterns import GiB, KiB, MiB
 from support.qed_image import F_NEED_CHECK, Built, assert_sound, read_header
 from support.qemu import qemu_img, qemu_img_ok
 
+from qedcore import open_image
 from qedcore.cli.main import COMMANDS, main, parse
+from qedcore.engine.image import QEDImage
+from qedcore.errors import StorageError
 
 ROOT = Path(__file__).resolve().parents[3]
 Image = Callable[..., Built]
@@ -178,19 +182,97 @@ def test_table_size_of_1(tmp_path: Path) -> None:
     qed_ok("info", tmp_path / "x.qed")
 
 
-@pytest.mark.parametrize("name", ["no.qed", "x.qed"])
-@pytest.mark.parametrize(
-    ("output", "failed"), [(">&-", False), ("2>&-", False), (">&- 2>&-", False), (">/dev/full", True)]
-)
-def test_output_that_goes_nowhere(image: Image, tmp_path: Path, name: str, output: str, failed: bool) -> None:
-    """What was closed is not missed; what cannot be written is an error in one line."""
-    image("x.qed")
+def shell(directory: Path, words: str, output: str) -> Done:
+    """A command whose descriptors a shell changes."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
-    argv = ["sh", "-c", f'"$@" {output}', "sh", sys.executable, "-m", "qedcore", "info", name]
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
-    failed = failed or name == "no.qed"
-    assert done.returncode == failed
-    assert done.stderr.count("\n") == (failed and "2>" not in output)
+    argv = ["sh", "-c", f'"$@" {output}', "sh", sys.executable, "-m", "qedcore", *words.split()]
+    done = subprocess.run(argv, cwd=directory, env=env, capture_output=True, text=True, timeout=60, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+LOST = {
+    ">/dev/full": "cannot write to standard output: No space left on device",
+    ">&-": "standard output is closed",
+    "<&- >&-": "standard output is closed",
+    "<&- >&- 2>&-": "",
+    ">/dev/full 2>/dev/full": "",
+}
+
+
+@pytest.mark.parametrize("output", LOST)
+@pytest.mark.parametrize("words, code", [("info x.qed", 1), ("compare x.qed x.qed", 2), ("check x.qed", 1)])
+def test_output_that_gets_lost(image: Image, tmp_path: Path, words: str, code: int, output: str) -> None:
+    """It is all that the command is for."""
+    image("x.qed")
+    said = f"qed: {LOST[output]}\n" if LOST[output] else ""
+    assert shell(tmp_path, words, output) == Done(code, "", said)
+
+
+WORK: dict[str, Callable[[Path], bool]] = {
+    "resize x.qed +1M": lambda place: read_header(place / "x.qed")["image_size"] == 2 * MiB,
+    "create new.qed 1M": lambda place: (place / "new.qed").exists(),
+    "convert -p x.qed new.raw": lambda place: (place / "new.raw").stat().st_size == MiB,
+    "compact x.qed": lambda place: (place / "x.qed").stat().st_size == 11 * 64 * KiB,
+    "check -r leaks x.qed": lambda place: (place / "x.qed").stat().st_size == 11 * 64 * KiB,
+}
+
+
+@pytest.mark.parametrize("output", [*LOST, "2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("words", WORK)
+def test_work_whose_output_gets_lost(image: Image, tmp_path: Path, words: str, output: str) -> None:
+    """What is done does not look undone, and no image gets the number of a descriptor that others print to."""
+    path = image("x.qed", size=MiB, layout="DD", leaks=3).path
+    done = shell(tmp_path, words, output)
+    lost = LOST.get(output)
+    assert (done.rc, done.err) == (0, f"qed: {lost}; what was asked for is done\n" if lost else "")
+    assert WORK[words](tmp_path)
+    assert_sound(path, leaks=3)
+
+
+@pytest.mark.parametrize("output", ["", *LOST])
+def test_errors_are_told_all_the_same(tmp_path: Path, output: str) -> None:
+    done = shell(tmp_path, "info no.qed", output)
+    assert (done.rc, done.out) == (1, "")
+    assert done.err.startswith("qed: Could not open 'no.qed'") == ("2>" not in output)
+    assert done.err.count("\n") <= 1
+
+
+def test_notices_that_get_lost(image: Image, tmp_path: Path) -> None:
+    """They are no reason to stop."""
+    path = image("x.qed", size=MiB, layout="DD", features=F_NEED_CHECK).path
+    assert shell(tmp_path, "resize x.qed +1M", "2>/dev/full") == Done(0, "Image resized.\n", "")
+    assert_sound(path)
+
+
+def test_reader_that_leaves_work_alone(image: Image, tmp_path: Path) -> None:
+    image("x.qed", size=MiB, layout="DD")
+    done = shell(tmp_path, "convert -p x.qed new.raw", "| true")
+    assert done.err == ""
+    assert (tmp_path / "new.raw").stat().st_size == MiB
+
+
+def test_error_that_leaves_an_image_dirty(
+    image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = image(size=MiB, layout="DD").path
+
+    def fail(image: QEDImage, **options: object) -> bool:
+        with image.maintenance():
+            raise StorageError("injected", code=errno.EIO)
+
+    monkeypatch.setattr("qedcore.cli.commands.compact.compact", fail)
+    assert main(["compact", str(path)]) == 1
+    told = f"qed: {path} was not closed cleanly: it will be checked when it is next written to\n"
+    assert capsys.readouterr().err.endswith(f"qed: injected\n{told}")
+
+
+def test_error_about_an_image_that_others_use(image: Image) -> None:
+    """What they have left open for now is theirs to tell of."""
+    path = image(size=MiB, layout="DD").path
+    with open_image(path) as img:
+        img.pwrite(b"x", 10 * 64 * KiB)
+        done = qed("resize", path, "+1M")
+    assert done.rc == 1 and "lock" in done.err and "closed cleanly" not in done.err
 
 
 @pytest.mark.parametrize("words", ["--help", "check --help", "--version"])
@@ -201,7 +283,7 @@ def test_help_that_cannot_be_written(words: str, unbuffered: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(argv, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert done.stderr == "qed: [Errno 28] No space left on device\n"
+    assert done.stderr == f"qed: {LOST['>/dev/full']}\n"
 
 
 def test_closed_output(image: Image) -> None:
