@@ -3,7 +3,7 @@
 I1. The dirty period: NEED_CHECK is durable before the first metadata change, and is cleared only when everything
     is durable and nothing is in flight; new allocations wait until the cleared header is durable too.
 I2. Once a metadata write or a flush has failed, NEED_CHECK stays: the next writable open repairs.
-    Not so while a server cannot be reached: nothing is lost then, and the flag is cleared when it is back.
+    Not so while a server cannot be reached, or memory is short: nothing is lost then, and the flag is cleared later.
 I3. Where nothing locks the image, somebody else may write to it.  Who does so changes the header, which is read again
     when a dirty period begins and ends, and when the file grows; from then on nothing is allocated or freed.
 I5. Before the first dirty period all tables were looked at once (census.py).
@@ -24,6 +24,9 @@ from .allocator import Allocator
 from .reclaim import Reclaimer
 
 IDLE_SECONDS = 5.0  # QEMU's delay between the last allocation and the clean header
+
+
+_NOTHING_LOST = (UnreachableError, MemoryError)  # the next attempt may succeed
 
 
 class NeedCheckGate:
@@ -54,7 +57,7 @@ class NeedCheckGate:
         self._clock = clock
         self._cond = ranked_condition(Rank.GATE)
         self._dirty = header.header.need_check  # NEED_CHECK is set and durable
-        self._unsure = False  # not dirty, but the server could not be reached and may have NEED_CHECK set
+        self._unsure = False  # not dirty, but NEED_CHECK may be set: an attempt to change it has not ended
         self._changing = False  # a thread is setting or clearing it
         self.open = self._dirty  # dirty, and nobody is changing that
         self.inside: list[None] = []  # an item per allocating request
@@ -117,7 +120,7 @@ class NeedCheckGate:
         except BaseException as error:
             if isinstance(error, CorruptImageError):
                 self._refusal = error
-            self._settle(dirty, unsure or (not dirty and isinstance(error, UnreachableError)))
+            self._settle(dirty, unsure or (not dirty and isinstance(error, _NOTHING_LOST)))
             raise
         if enter:
             self.inside.append(None)
@@ -194,15 +197,20 @@ class NeedCheckGate:
                 self._reclaimer.flush()
             self._allocator.trim_tail()  # and flush everything that the flag stands for, before the flag
         except BaseException as error:
-            if not isinstance(error, UnreachableError):  # nothing is lost: the next attempt may succeed
+            if not isinstance(error, _NOTHING_LOST):
                 self.fail()
             self._settle(dirty, unsure=not dirty)
             raise
         try:
             self._header.set_features(clear=FEATURE_NEED_CHECK)
             # Durable before the next allocation may set it again: else the set could be lost and the clear kept.
-            self._storage.flush()
-        except UnreachableError:
+            try:
+                self._storage.flush()
+            except StorageError as error:
+                if not isinstance(error, UnreachableError):
+                    self.mark_for_check()
+                raise
+        except _NOTHING_LOST:
             unsure = True
             raise
         finally:
