@@ -13,6 +13,10 @@ GiB = 1024 * MiB
 _SUFFIXES = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}
 
 
+class SizeRangeError(RequestError):
+    """It is a size, but larger than any there can be."""
+
+
 def parse_size(text: str, name: str = "size") -> int:
     """Bytes.  Raises RequestError, naming `name`, for anything else than a number with an optional suffix."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([bkmgtpe]?)", text.lower(), re.ASCII)
@@ -22,7 +26,7 @@ def parse_size(text: str, name: str = "size") -> int:
 
     value = Fraction(match[1]) * 1024 ** _SUFFIXES[match[2]]
     if value >= 2**64:
-        raise RequestError(f"{name}={text} is too large: sizes are less than 2^64 bytes")
+        raise SizeRangeError(f"{name}={text} is too large: sizes are less than 2^64 bytes")
     return int(value)
 
 
@@ -36,10 +40,12 @@ def format_size(size: int) -> str:
 
 
 def parse_qemu_size(text: str) -> int:
-    """Bytes, from what qemu-img takes for a size: also hexadecimal, but no fraction without a suffix.
+    """Bytes, from what qemu-img takes for a size: also hexadecimal, and after spaces and a plus sign; but no fraction
+    without a suffix.
 
     Raises RequestError without saying which size it was.
     """
+    text = text.lstrip().removeprefix("+")
     if re.fullmatch(r"0[xX][0-9a-fA-F]+", text, re.ASCII):
         size = int(text, 16)
     elif re.fullmatch(r"[0-9]+\.[0-9]+[bB]?", text, re.ASCII):
@@ -47,5 +53,5 @@ def parse_qemu_size(text: str) -> int:
     else:
         return parse_size(text)
     if size >= 2**64:
-        raise RequestError(f"{text} is too large: sizes are less than 2^64 bytes")
+        raise SizeRangeError(f"{text} is too large: sizes are less than 2^64 bytes")
     return size

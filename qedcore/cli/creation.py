@@ -23,9 +23,9 @@ from ..format.geometry import (
 from ..format.header import HEADER_BYTES, MAX_BACKING_NAME
 from ..storage.file_lock import LockedError
 from ..storage.replacing import CreateError, replacing
-from ..units import parse_qemu_size
+from ..units import SizeRangeError, parse_qemu_size
 from .locate import Location, locate
-from .messages import PROGRAM, open_reason
+from .messages import PROGRAM, did_you_mean, open_reason
 
 SAME_FILE = "{}: Error: Trying to create an image with the same filename as the backing file"
 
@@ -48,8 +48,9 @@ _PRINTED = ("size", "backing_file", "backing_fmt", "cluster_size", "table_size",
 class Options:
     """The options of -o as text, with the messages of qemu-img."""
 
-    def __init__(self, name: str, words: list[str]) -> None:
+    def __init__(self, name: str, words: list[str], raw: bool = False) -> None:
         self.name = name  # of the image, for messages
+        self._known = ("size", *_FILE_OPTIONS) if raw else tuple(_OPTION_HELP)
         self.values: dict[str, str] = {}
         for text in words:
             self.values.update(self._split(text))
@@ -58,8 +59,9 @@ class Options:
         found = {}
         for word in text.replace(",,", "\0").split(","):
             key, equals, value = word.replace("\0", ",").partition("=")
-            if key not in _OPTION_HELP:
-                raise RequestError(f"{self.name}: Invalid parameter '{key}'")
+            if key not in self._known:
+                prefix = f"{self.name}: " if self.name else ""
+                raise RequestError(f"{prefix}Invalid parameter '{key}'{did_you_mean(key, self._known)}")
             found[key] = value if equals else "on"
         return found
 
@@ -67,6 +69,9 @@ class Options:
         """An option in bytes.  Raises RequestError."""
         try:
             return parse_qemu_size(self.values[key]) if key in self.values else default
+        except SizeRangeError:
+            text = self.values[key]
+            raise RequestError(f"{self.name}: Value '{text}' is out of range for parameter '{key}'") from None
         except RequestError:
             raise RequestError(
                 f"{self.name}: Parameter '{key}' expects a non-negative number below 2^64\n"

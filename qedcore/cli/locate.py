@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from ..backing.names import from_options, json_options, parse_name, resolve
+from ..backing.names import from_options, json_options, parse_name
 from ..backing.probe import probe
 from ..errors import RequestError, StorageError, UnsupportedError
 from ..storage import Storage
@@ -15,6 +15,14 @@ from ..storage.file import FileStorage
 from ..storage.file_lock import Locking
 from ..storage.open import open_storage
 from .messages import open_reason
+
+# What may stand before a colon in a name, for QEMU.
+_PROTOCOLS = frozenset(
+    "file host_device host_cdrom nbd http https ftp ftps tftp ssh iscsi iser rbd nfs gluster gluster+tcp "
+    "gluster+unix gluster+rdma nvme fat vxhs sheepdog sheepdog+tcp sheepdog+unix blkdebug blkverify blkreplay "
+    "blklogwrites null-co null-aio quorum io_uring nvme-io_uring virtio-blk-vfio-pci virtio-blk-vhost-user "
+    "virtio-blk-vhost-vdpa".split()
+)
 
 
 class Location(NamedTuple):
@@ -59,6 +67,7 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
         return Location(name, None, format, uri=parse_name(name, "").uri)
     elif re.match(r"[^/]*:", name):
         protocol, _, rest = name.partition(":")
+        _check_protocol(protocol, f"Could not open '{name}': ")
         if re.match(r"[^/]*:", rest):
             rest = f"./{rest}"  # so that nobody takes its beginning for another protocol
         return Location(name, rest if protocol == "file" else None, format)
@@ -89,14 +98,27 @@ def _locking(name: str, value: str | None) -> Locking:
         raise RequestError(f"Could not open '{name}': invalid parameter value: {value}") from None
 
 
-def backing_path(name: str, overlay: str) -> str | None:
-    """The path of the backing file called `name` in the image at `overlay`; None when only QEMU knows the way.
+def _check_protocol(protocol: str, prefix: str = "") -> None:
+    if protocol not in _PROTOCOLS:
+        raise RequestError(f"{prefix}Unknown protocol '{protocol}'")
+
+
+def locate_backing(name: str, overlay: str, format: str | None = None) -> Location:
+    """Where the backing file called `name` in the image at `overlay` is: as for those who open the image.
 
     Raises RequestError and UnsupportedError when it cannot be read.
     """
-    if re.match(r"(?!file:)[^/]*:", name):
-        return locate(name).path
-    return resolve(name, overlay)
+    where = parse_name(name, overlay)
+    if where.words is not None and not name.startswith("json:"):
+        _check_protocol(name.partition(":")[0])
+    format = format or where.format
+    whole = not where.offset and where.size is None
+    return Location(where.path or name, where.path if whole else None, format, uri=where.uri)
+
+
+def backing_path(name: str, overlay: str) -> str | None:
+    """The path of locate_backing(); None when only QEMU knows the way."""
+    return locate_backing(name, overlay).path
 
 
 def find_format(where: Location) -> str:

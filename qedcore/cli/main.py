@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import QEDError
-from .messages import PROGRAM
+from .messages import PROGRAM, did_you_mean
 from .open import to_be_checked, trace
 from .output import Output
+from .parser import EXIT_FAILURE, Parser
 
 COMMANDS = {
     "create": "make an empty image",
@@ -49,28 +50,22 @@ _MODULES = {
 _CHANGING = frozenset(("create", "salvage", "resize", "rebase", "commit", "compact", "convert", "dd"))
 
 EXIT_OK = 0
-EXIT_FAILURE = 1
+
+_HELP = f"""\
+Work with QED (QEMU Enhanced Disk) images.  '{PROGRAM} help COMMAND' or '{PROGRAM} COMMAND --help' explains a command:
+
+""" + "\n".join(f"  {name:<10} {about}" for name, about in COMMANDS.items())
 
 _EPILOG = f"""\
-'{PROGRAM} COMMAND --help' explains a command.  Commands, options, messages and exit codes are those of qemu-img
-where it has them; qed(1) lists the differences.
+Commands, options, messages and exit codes are those of qemu-img where it has them; qed(1) lists the differences.
 
 examples:
-  {PROGRAM} create disk.qed 20G                        an empty image
-  {PROGRAM} create -b base.qed -F qed overlay.qed      one that keeps only what differs from base.qed
-  {PROGRAM} info --backing-chain overlay.qed           what it is, and what is under it
-  {PROGRAM} convert -p disk.qed disk.raw -O raw        out of QED (and 'convert -O qed' into it)
+  {PROGRAM} create disk.qed 20G                 an empty image
+  {PROGRAM} create -b base.qed -F qed top.qed   keeps only what differs from base.qed
+  {PROGRAM} info --backing-chain top.qed        what it is, and what is under it
+  {PROGRAM} convert -p disk.qed disk.raw        out of QED
+  {PROGRAM} convert -p -O qed disk.raw disk.qed and into it
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors are one line and exit code 1, as everywhere else."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_FAILURE, f"{PROGRAM}: {message}\n")
 
 
 def load(command: str) -> Any:
@@ -80,12 +75,8 @@ def load(command: str) -> Any:
 
 def build_parser() -> Parser:
     """The parser of what comes before the command."""
-    parser = Parser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} [--debug] [-V] [-T EVENTS] COMMAND [OPTION...] [FILE...]",
-        description="Work with QED (QEMU Enhanced Disk) images.",
-        epilog=_EPILOG,
-    )
+    usage = f"{PROGRAM} [--debug] [-V] [-T EVENTS] COMMAND [OPTION...] [FILE...]"
+    parser = Parser(prog=PROGRAM, usage=usage, description=_HELP, epilog=_EPILOG)
     parser.add_argument("--debug", action="store_true", help="show a traceback with errors")
     parser.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {__version__}")
     parser.add_argument(
@@ -96,41 +87,38 @@ def build_parser() -> Parser:
 
 def build_command_parser(command: str) -> Parser:
     module = load(command)
-    epilog = getattr(module, "EPILOG", None)
-    parser = Parser(prog=f"{PROGRAM} {command}", description=COMMANDS[command], epilog=epilog)
+    parser = Parser(
+        prog=f"{PROGRAM} {command}",
+        usage="%(prog)s [OPTION...] FILE",
+        description=f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}.",
+        epilog=getattr(module, "EPILOG", None),
+    )
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.set_defaults(command=command)
     module.add_arguments(parser)
     return parser
 
 
-def _print_help() -> None:
-    parser = build_parser()
-    group = parser.add_argument_group("commands")
-    for name, about in COMMANDS.items():
-        group.add_argument(name, nargs="?", help=about)
-    parser.print_help()
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """All arguments; args.module is the command's module, args.argv all words from the command on."""
-    at = 0
-    while at < len(argv) and argv[at].startswith("-"):
-        at += 2 if argv[at] in ("-T", "--trace") else 1
-    if any(word in ("-h", "--help") for word in argv[:at]):
-        _print_help()
-        sys.exit(EXIT_OK)
+    """All arguments; args.module is the command's module, args.files the words that are no options, args.argv all
+    words from the command on."""
     parser = build_parser()
-    args = parser.parse_args(argv[:at])
-    if at >= len(argv):
+    args = argparse.Namespace()
+    args.argv = parser.take(argv, args, leading=True)
+    if not args.argv:
         parser.error(f"Not enough arguments: which command? One of {', '.join(COMMANDS)}")
-    command = argv[at]
+    command, *words = args.argv
+    if command == "help":
+        if not words:
+            parser.print_help()
+            sys.exit(EXIT_OK)
+        command, words = words[0], ["--help"]
     if command not in COMMANDS:
-        parser.error(f"Command not found: {command}")
-    args.argv = list(argv[at:])
+        parser.error(f"Command not found: {command}{did_you_mean(command, COMMANDS)}")
     args.module = load(command)
     split = getattr(args.module, "split", list)
-    return build_command_parser(command).parse_intermixed_args(split(argv[at + 1 :]), args)
+    args.files = build_command_parser(command).take(split(words), args)
+    return args
 
 
 class Terminated(SystemExit):

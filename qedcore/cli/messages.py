@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable
 
 from ..errors import QEDError
 
@@ -31,6 +32,14 @@ def open_reason(error: QEDError, path: str = "") -> str:
         if match is not None:
             return match.expand(words)
     return text
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?", if one of the known words is near."""
+    import difflib  # here, because only errors need it
+
+    near = difflib.get_close_matches(word, [*known], n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def notice(line: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..storage.cache_mode import CACHE_MODES
-from ..units import parse_qemu_size
+from ..units import SizeRangeError, parse_qemu_size
 from .messages import PROGRAM
 
 _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -38,7 +38,7 @@ def add_shared(parser: argparse.ArgumentParser, letters: str) -> None:
         else:
             parser.set_defaults(**{keywords["dest"]: False if "action" in keywords else None})
     parser.add_argument("--image-opts", action="store_true", help="FILE is driver=qed,file.filename=NAME")
-    parser.add_argument("--object", action="append", metavar="DEF", help="accepted; only qemu-img uses objects")
+    parser.add_argument("--object", action="append", metavar="DEF", help="for qemu-img, where that does the work")
 
 
 def _output(text: str) -> str:
@@ -48,18 +48,29 @@ def _output(text: str) -> str:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=_output, default="human", metavar="human|json")
+    parser.add_argument(
+        "--output",
+        type=_output,
+        default="human",
+        metavar="human|json",
+        help="for people (the default), or for programs",
+    )
 
 
-def sized(text: str, what: str) -> int:
+def sized(text: str, what: str, largest: int = 2**63 - 1) -> int:
     """A size on the command line in bytes; RequestError, with qemu-img's message, calls it `what`."""
     try:
-        return parse_qemu_size(text)
+        size = parse_qemu_size(text)
+    except SizeRangeError:
+        size = largest + 1
     except RequestError:
         raise RequestError(
             f"Invalid {what} specified. You may use k, M, G, T, P or E suffixes for\n"
             f"{PROGRAM}: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
         ) from None
+    if size > largest:
+        raise RequestError(f"Invalid {what} specified. Must be between 0 and {largest}.")
+    return size
 
 
 def check_cache(name: str | None, what: str = "cache") -> None:

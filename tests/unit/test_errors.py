@@ -18,6 +18,7 @@ CODES = {
     "ShutdownError": errno.ESHUTDOWN,
     "StorageError": errno.EIO,
     "UnreachableError": errno.EIO,
+    "NotWritableError": errno.EIO,
     "ForeignWriterError": errno.EIO,
 }
 

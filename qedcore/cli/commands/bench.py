@@ -25,7 +25,6 @@ _MAX_DEPTH = 1024  # each request at a time is a thread
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s [OPTION...] FILE"
     add_shared(parser, "fqtU")
     parser.add_argument("-c", dest="count", metavar="N", default="75000", help="requests in all (75000)")
     parser.add_argument("-d", dest="depth", metavar="N", default="64", help="requests at a time (64)")
@@ -42,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-drain", action="store_true", help="do not wait for requests in flight before a flush")
     parser.add_argument("-i", dest="aio", metavar="AIO", help="accepted")
     parser.add_argument("-n", dest="native", action="store_true", help="accepted")
-    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
 def _number(text: str, what: str, limit: int = _MAX) -> int:
@@ -56,10 +54,7 @@ def _number(text: str, what: str, limit: int = _MAX) -> int:
 
 
 def _size(text: str, what: str) -> int:
-    size = sized(text, what)
-    if size > _MAX:
-        raise RequestError(f"Invalid {what} specified. Must be between 0 and {_MAX}.")
-    return size
+    return sized(text, what, _MAX)
 
 
 class Bench:

@@ -12,11 +12,12 @@ from ...check.scan import Scan, ScanResult
 from ...errors import ImageFormatError, RequestError, StorageError, UnsupportedError
 from ...format.header import Header, read_header
 from ...storage import Storage
-from ..locate import Location, find_format, locate
+from ..locate import Location, find_format, is_ours, locate
 from ..messages import PROGRAM, notice, open_reason
 from ..open import open_file
 from ..options import add_output, add_shared, check_cache, only_image
 from ..progress import Progress
+from ..qemu_img import delegate, find_qemu_img
 
 EXIT_CLEAN = 0
 EXIT_NOT_COMPLETED = 1
@@ -34,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="with -r all: give up tables whose place is not known")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every damaged entry")
     add_output(parser)
-    parser.add_argument("files", nargs="*", metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
     where = locate(name, args.format, args.image_opts)
     if args.force_share and args.repair is not None:
         raise RequestError(f"Could not open '{where.name}': force-share=on can only be used with read-only images")
-    if find_format(where) != "qed" or where.place is None:
+    format = find_format(where)
+    if not is_ours(where, format) and find_qemu_img() is not None:
+        return delegate(args, f"checking a {format} image")
+    if format != "qed" or where.place is None:
         print(f"{PROGRAM}: This image format does not support checks", file=sys.stderr)
         return EXIT_UNSUPPORTED
     writable = args.repair is not None and not args.dry_run

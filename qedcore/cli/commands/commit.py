@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-b", dest="base", metavar="BASE", help="a file further down the chain, to commit into")
     parser.add_argument("-r", dest="rate", metavar="RATE", help="bytes per second at most")
-    parser.add_argument("file", nargs="*", metavar="FILE")
 
 
 class BaseChoice:
@@ -65,7 +64,7 @@ def _only_qemu_reaches_backing(where: Location) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     rate = sized(args.rate, "rate limit") if args.rate is not None else 0
-    name = only_image(args.file)
+    name = only_image(args.files)
     check_cache(args.cache)
     where = locate(name, args.format, args.image_opts)
     format = find_format(where)

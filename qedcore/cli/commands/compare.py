@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "fpqTU")
     parser.add_argument("-F", dest="second_format", metavar="FMT", help="format of the second image")
     parser.add_argument("-s", "--strict", action="store_true", help="also compare sizes and what is allocated")
-    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
 class Comparison:

@@ -30,7 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [OPTION...] FILE... TARGET"
     add_shared(parser, "fpqUtT")
     parser.add_argument("-O", dest="target_format", metavar="FMT", help="format to make (default: raw)")
-    parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE[,...]")
+    parser.add_argument(
+        "-o",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE[,...]",
+        help="options of the format; -o help lists them",
+    )
     parser.add_argument("-B", "-b", dest="backing", metavar="FILE", help="the target keeps only what FILE lacks")
     parser.add_argument("-F", dest="backing_format", metavar="FMT", help="format of the backing file")
     parser.add_argument("-n", dest="existing", action="store_true", help="write into TARGET, which exists")
@@ -50,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-W", dest="out_of_order", action="store_true", help="they may write in any order")
     parser.add_argument("-C", dest="copy_offload", action="store_true", help="accepted")
-    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
 def target_options(args: argparse.Namespace, name: str) -> Options:
@@ -98,7 +104,9 @@ def check_format(args: argparse.Namespace, format: str) -> None:
                 raise RequestError(
                     "Having a backing file for the target makes no sense when concatenating multiple input images"
                 )
-    elif args.backing is not None:
+        return
+    Options("", args.options, raw=True)
+    if args.backing is not None:
         raise RequestError("Backing file not supported for file format 'raw'")
 
 

@@ -37,8 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-b", dest="backing", metavar="FILE", help="the image that this one is to be based on")
     parser.add_argument("-F", dest="backing_format", metavar="FMT", help="format of the backing file")
     parser.add_argument("-u", dest="unsafe", action="store_true", help="do not look at the backing file; needs SIZE")
-    parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE[,...]")
-    parser.add_argument("files", metavar="FILE", nargs="*", help="SIZE in bytes, or with k, M, G, T, P or E")
+    parser.add_argument(
+        "-o",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE[,...]",
+        help="options of the format; -o help lists them",
+    )
 
 
 def backing_size(backing: str, format: str, overlay: str) -> int:
@@ -166,7 +172,4 @@ def run(args: argparse.Namespace) -> int:
 
 def image_size(text: str) -> int:
     """SIZE in bytes.  Raises RequestError with qemu-img's message."""
-    size = sized(text, "image size")
-    if size >= 2**63:
-        raise RequestError(f"Invalid image size specified. Must be between 0 and {2**63 - 1}.")
-    return size
+    return sized(text, "image size")

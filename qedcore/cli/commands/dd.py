@@ -20,7 +20,7 @@ from ..options import add_shared, sized
 from ..qemu_img import delegate
 
 EPILOG = f"""\
-Operands are if=FILE and of=TARGET, and bs=SIZE (512), count=BLOCKS and skip=BLOCKS.  Blocks are counted from the
+Operands are if=FILE and of=TARGET, and bs=SIZE (512), count=N and skip=N, in blocks.  Blocks are counted from the
 beginning of the image: skip=2 count=5 copies three, from the third to the fifth.  Zeros take no space in TARGET.
 
 example:  {PROGRAM} dd -f qed -O raw bs=64k count=1 if=disk.qed of=first.raw
@@ -31,12 +31,11 @@ _MAX_BLOCK = 2**31 - 1  # bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s [OPTION...] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=FILE of=TARGET"
+    parser.usage = "%(prog)s [OPTION...] [bs=SIZE] [count=N] [skip=N] if=FILE of=TARGET"
     add_shared(parser, "fU")
     parser.add_argument(
         "-O", dest="target_format", metavar="FMT", default="raw", help="format to make (default: raw)"
     )
-    parser.add_argument("operands", metavar="OPERAND", nargs="*")
 
 
 def operands(words: list[str]) -> dict[str, str]:
@@ -81,7 +80,7 @@ def copy(image: EndPoint, start: int, end: int, target: Location, format: str) -
 
 
 def run(args: argparse.Namespace) -> int:
-    given = operands(args.operands)
+    given = operands(args.files)
     source, target = locate(given["if"], args.format, args.image_opts), locate_new(given["of"])
     formats = (find_format(source), args.target_format)
     if None in (source.place, target.place) or not {*formats} <= {"qed", "raw"}:

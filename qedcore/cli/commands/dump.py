@@ -32,13 +32,11 @@ _READ = MiB // ENTRY  # entries read at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s [OPTION...] FILE"
     add_shared(parser, "fU")
     add_output(parser)
     parser.add_argument("--header", action="store_true", help="the header's fields")
     parser.add_argument("--l1", action="store_true", help="the L1 table")
     parser.add_argument("--l2", type=int, action="append", default=[], metavar="N", help="the L2 table of L1 entry N")
-    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
 def header_facts(storage: Storage) -> dict[str, Any]:

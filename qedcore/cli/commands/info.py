@@ -14,7 +14,7 @@ from ...format.geometry import SECTOR, round_up
 from ...format.header import FEATURE_NAMES, FEATURE_NO_PROBE, read_header
 from ...storage.open import is_uri
 from ...units import format_size
-from ..locate import Location, find_format, is_ours, locate, look
+from ..locate import Location, find_format, is_ours, locate, locate_backing, look
 from ..open import open_qed
 from ..options import add_output, add_shared, only_image
 from ..qemu_img import delegate, find_qemu_img
@@ -28,12 +28,10 @@ Facts = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s [OPTION...] FILE"
     add_shared(parser, "fU")
     add_output(parser)
     parser.add_argument("--backing-chain", action="store_true", help="describe all the backing files, too")
     parser.add_argument("-v", "--verbose", action="store_true", help="tell more than qemu-img does")
-    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
 def describe(path: str, image: QEDImage) -> Facts:
@@ -122,10 +120,9 @@ class Chain:
             if self._args.verbose:
                 facts.update(details(image))
         self.layers.append(facts)
-        backing: str | None = facts.get("full-backing-filename")
-        if backing is None:
+        if "backing-filename" not in facts:
             return None
-        return locate(backing, facts.get("backing-filename-format"))
+        return locate_backing(facts["backing-filename"], where.place, facts.get("backing-filename-format"))
 
     def _refuse_loop(self, where: Location) -> None:
         try:

@@ -19,12 +19,10 @@ is false where no file has anything, and such parts, like those with zero, read 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s [OPTION...] FILE"
     add_shared(parser, "fU")
     add_output(parser)
     parser.add_argument("-s", "--start-offset", default="0", metavar="SIZE", help="begin at this position")
     parser.add_argument("-l", "--max-length", metavar="SIZE", help="show no more than this many bytes")
-    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
 def json_row(pos: int, run: Run) -> str:

@@ -27,10 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-O", dest="target_format", metavar="FMT", default="raw", help="format to make (default: raw)"
     )
-    parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE[,...]")
+    parser.add_argument(
+        "-o",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE[,...]",
+        help="options of the format; -o help lists them",
+    )
     parser.add_argument("--size", metavar="N", help="measure an empty device of this size instead of FILE")
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="refused: QED has no internal snapshots")
-    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
 def measure(geometry: Geometry, size: int, image: EndPoint | None) -> tuple[int, int]:
@@ -102,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
 def measured(args: argparse.Namespace, size: int, image: EndPoint | None) -> int:
     """Report on a device of `size` bytes for the target format "raw" or "qed"."""
     if args.target_format == "raw":
+        Options("", args.options, raw=True)
         return report(args, size, size)
     options = Options("qed", args.options)
     cluster_size = options.size("cluster_size", DEFAULT_CLUSTER_SIZE)

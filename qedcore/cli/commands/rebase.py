@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from ...backing.names import resolve
 from ...engine.chain import close_source
 from ...engine.source import Source
 from ...errors import QEDError, RequestError, UnsupportedError
 from ...maintenance.rebase import LoopError, change_name, open_base, rebase
 from ...storage.file_lock import LockedError
 from ...storage.open import open_file
-from ..locate import Location, find_format, locate
+from ..locate import Location, backing_path, find_format, locate
 from ..messages import notice, open_reason
 from ..open import POLICY, open_qed
 from ..options import add_shared, check_cache, only_image
@@ -35,11 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-b", dest="backing", metavar="BACKING", help='the new backing file; "" for none')
     parser.add_argument("-F", dest="backing_format", metavar="FMT", help="its format: raw or qed")
     parser.add_argument("-u", dest="unsafe", action="store_true", help="change the name only, trust that data agree")
-    parser.add_argument("file", nargs="*", metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    name = only_image(args.file)
+    name = only_image(args.files)
     if not args.unsafe and args.backing is None:
         raise RequestError("Must specify backing file (-b) or use unsafe mode (-u)")
     check_cache(args.cache)
@@ -75,7 +73,9 @@ def _rebase(args: argparse.Namespace, where: Location) -> None:
             if args.backing:
                 if not args.backing_format:
                     raise _cannot_change(args.backing, RequestError("backing format must be specified"))
-                path = resolve(args.backing, where.place or "")
+                path = backing_path(args.backing, where.place or "")
+                if path is None:
+                    raise UnsupportedError(f"backing file {args.backing!r} is not a local file: use -u")
                 opener = partial(open_file, share=args.force_share)
                 cache = args.source_cache or "writeback"
                 try:

@@ -19,10 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"%(prog)s [OPTION...] {'FILE BITMAP' if command == 'bitmap' else 'FILE'}"
     add_shared(parser, {"snapshot": "fqU", "amend": "fqpt", "bitmap": "f"}[command])
     if command == "snapshot":
-        actions = parser.add_mutually_exclusive_group()
-        actions.add_argument("-l", dest="list", action="store_true", help="list: nothing")
+        parser.add_argument("-l", dest="list", action="store_true", help="list: nothing")
         for letter, verb in (("a", "apply"), ("c", "create"), ("d", "delete")):
-            actions.add_argument(f"-{letter}", dest=verb, metavar="SNAPSHOT", help=f"{verb} one: refused")
+            parser.add_argument(f"-{letter}", dest=verb, metavar="SNAPSHOT", help=f"{verb} one: refused")
     elif command == "amend":
         parser.add_argument("-o", dest="options", metavar="OPTIONS")
         parser.add_argument("--force", action="store_true")
@@ -32,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("-g", dest="granularity", metavar="SIZE")
         parser.add_argument("-b", dest="source_file", metavar="FILE")
         parser.add_argument("-F", dest="source_format", metavar="FMT")
-    parser.add_argument("files", metavar="FILE", nargs="*")
 
 
 def _takes(action: str) -> dict[str, Any]:
@@ -45,6 +43,11 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("Expecting filename and bitmap name" if wanted == 2 else "Expecting one image file name")
     if args.command == "amend" and args.options is None:
         raise RequestError("Must specify options (-o)")
+    if (
+        args.command == "snapshot"
+        and args.list + sum(action is not None for action in (args.apply, args.create, args.delete)) > 1
+    ):
+        raise RequestError("Cannot mix '-l', '-a', '-c', '-d'")
     where = locate(args.files[0], args.format, args.image_opts)
     format = find_format(where)
     if format != "qed" or where.place is None:

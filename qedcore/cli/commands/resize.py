@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ...errors import ImageFormatError, RequestError, UnsupportedError
 from ...maintenance.resize import resize
-from ...units import parse_qemu_size
+from ...units import SizeRangeError, parse_qemu_size
 from ..locate import find_format, locate
 from ..messages import PROGRAM, notice
 from ..open import open_qed
@@ -29,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shrink", action="store_true", help="allow the image to lose what is past its new end")
     parser.add_argument("--preallocation", default="off", metavar="MODE", help="only off")
     parser.add_argument("--size", help=argparse.SUPPRESS)  # from split()
-    parser.add_argument("file", nargs="*", metavar="FILE", help="the image, then its size")
 
 
 def split(words: Sequence[str]) -> list[str]:
@@ -45,9 +44,9 @@ def parse_change(text: str) -> tuple[str, int]:
     number = text[len(sign) :]
     try:
         return sign, parse_qemu_size(number)
-    except RequestError as error:
-        if "too large" in str(error):
-            raise RequestError(f"Value '{number}' is out of range for parameter 'size'") from None
+    except SizeRangeError:
+        raise RequestError(f"Value '{number}' is out of range for parameter 'size'") from None
+    except RequestError:
         raise RequestError(
             "Parameter 'size' expects a non-negative number below 2^64\n"
             "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
@@ -60,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"Invalid preallocation mode '{args.preallocation}'")
     if args.size is None:
         raise RequestError("Not enough arguments")
-    if len(args.file) != 1:
+    if len(args.files) != 1:
         raise RequestError("Expecting image file name and size")
     sign, size = parse_change(args.size)
-    where = locate(args.file[0], args.format, args.image_opts)
+    where = locate(args.files[0], args.format, args.image_opts)
     if find_format(where) != "qed":
         return delegate(args, f"resizing a {find_format(where)} image")
     with open_qed(where, writable=True, log=notice) as image:

@@ -19,9 +19,9 @@ from ..options import add_output, add_shared
 from ..progress import Progress
 
 EPILOG = """\
-IMAGE is only read.  OUT becomes a raw file with zeros where nothing was found.  The ranges of the device are printed:
-good (found), zero (nothing was written there, or zeros) and lost.  The exit code is 0 if nothing was lost and no
-position had to be guessed, 2 otherwise, and 1 if nothing could be rescued.
+FILE is only read.  TARGET becomes a raw file with zeros where nothing was found.  The ranges of the device are
+printed: good (found), zero (nothing was written there, or zeros) and lost.  The exit code is 0 if nothing was lost
+and no position had to be guessed, 2 otherwise, and 1 if nothing could be rescued.
 """
 
 EXIT_WHOLE = 0
@@ -31,6 +31,7 @@ _STEPS = 10_000  # of progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [OPTION...] FILE TARGET"
     add_shared(parser, "qpU")
     add_output(parser)
     parser.add_argument("--cluster-size", metavar="SIZE", help="if you know it")
@@ -39,8 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guess", action="store_true", help="take an L1 table without entries for one that lost them"
     )
-    parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("out", metavar="OUT")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,13 +51,14 @@ def run(args: argparse.Namespace) -> int:
             ("image_size", args.size),
         )
     )
-    local = not is_uri(args.image)
-    storage: Storage = (
-        open_file(args.image, writable=False, share=args.force_share) if local else open_storage(args.image, False)
-    )
+    if len(args.files) != 2:
+        raise RequestError("Expecting the image file name and that of the raw file to make")
+    name, out = args.files
+    local = not is_uri(name)
+    storage: Storage = open_file(name, writable=False, share=args.force_share) if local else open_storage(name, False)
     try:
-        if local and os.path.exists(args.out) and os.path.samefile(args.image, args.out):
-            raise RequestError(f"{args.out} is the image itself")
+        if local and os.path.exists(out) and os.path.samefile(name, out):
+            raise RequestError(f"{out} is the image itself")
         with Progress(args, _STEPS) as progress:
             salvage = Salvage(
                 storage,
@@ -69,11 +69,11 @@ def run(args: argparse.Namespace) -> int:
                 progress=lambda done, total: progress.update(done * _STEPS // total if total else _STEPS),
             )
             found = salvage.search()
-            ranges = _write(salvage, found, args.out)
+            ranges = _write(salvage, found, out)
     finally:
         storage.close()
     if not args.quiet:
-        _print(args.output, args.image, found, ranges)
+        _print(args.output, name, found, ranges)
     return EXIT_INCOMPLETE if found.guessed or any(piece.state == LOST for piece in ranges) else EXIT_WHOLE
 
 
