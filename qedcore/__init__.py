@@ -4,15 +4,15 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # as in typing, which would have to be loaded for it
 if TYPE_CHECKING:
-    from .engine.chain import open_image
     from .engine.image import QEDImage
     from .format.create import create
+    from .library import open_image
 
 __version__ = "0.1.0"
 
 __all__ = ["QEDImage", "create", "open_image"]
 
-_HOMES = {"QEDImage": ".engine.image", "create": ".format.create", "open_image": ".engine.chain"}
+_HOMES = {"QEDImage": ".engine.image", "create": ".format.create", "open_image": ".library"}
 
 
 def __getattr__(name: str) -> object:

@@ -46,7 +46,7 @@ def open_qed(
         raise UnsupportedError(
             f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here"
         )
-    from ..engine.chain import open_image  # here and below, because not all commands should wait for these
+    from ..library import open_image  # here and below, because not all commands should wait for these
 
     options = {"log": notice, "policy": POLICY, **_tracing, **options}
     opened: list[str] = []
@@ -63,7 +63,8 @@ def open_qed(
         return storage
 
     try:
-        return open_image(where.place, writable, cache=cache or "writeback", opener=opener, **options)
+        image: QEDImage = open_image(where.place, writable, cache=cache or "writeback", opener=opener, **options)
+        return image
     except QEDError as error:
         reason = open_reason(error, opened[-1] if opened else where.place)
         if len(opened) > 1:

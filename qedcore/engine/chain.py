@@ -175,6 +175,7 @@ def open_image(
     write_below: Callable[[str, str], bool] = lambda name, path: False,
     policy: BackingPolicy = BackingPolicy(),
     in_flight: InFlight | None = None,
+    tidy: Callable[[QEDImage], object] | None = None,
 ) -> QEDImage:
     """Open the image at `path`, which may be an NBD URI, and its backing chain.  Raises QEDError and its children.
 
@@ -189,6 +190,7 @@ def open_image(
     write_below  asked with the name (as its overlay has it) and the path of each backing file: open it writable?
     policy       what backing files may be, and how their formats are found
     in_flight    shared with other openings of the image whose requests may run at the same time
+    tidy         called with the image before it is closed, if it was opened for writing (maintenance.tidy)
     """
     if writable and not follow:
         raise ValueError("an image without its backing file cannot be written")
@@ -200,7 +202,9 @@ def open_image(
     chain = ChainOpener(
         cache_mode(cache), l2_cache, parts, clock, log, opener, follow, write_below, policy, in_flight
     )
-    return chain.open(os.fspath(path), writable)
+    image = chain.open(os.fspath(path), writable)
+    image.tidy = tidy
+    return image
 
 
 def open_source(

@@ -95,6 +95,7 @@ class QEDImage:
         self.storage = storage = parts.storage(storage)
         self.writable = writable
         self.backing: Source | None = None
+        self.tidy: Callable[[QEDImage], object] | None = None  # called by close(), before it refuses requests
         self._writethrough = writethrough
         self._log = log
         self._lifecycle = ranked_lock(Rank.LIFECYCLE)  # protects _closed
@@ -376,10 +377,15 @@ class QEDImage:
         return True, length
 
     def close(self) -> None:
-        """Flush, clear NEED_CHECK, close this image and its backing chain.  A second call does nothing.
+        """Tidy, flush, clear NEED_CHECK, close this image and its backing chain.  A second call does nothing.
 
         Raises StorageError if something could not be made durable; NEED_CHECK then stays set.
         """
+        if self.tidy is not None and not self._closed and isinstance(self._requests, WritableRequests):
+            try:
+                self.tidy(self)
+            except (QEDError, MemoryError) as error:  # if the storage has failed, the rest of this tells
+                self._log(f"{self.storage.name}: clusters may stay free: {error or 'out of memory'}")
         with self._lifecycle:
             if self._closed:
                 return

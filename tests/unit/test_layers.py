@@ -25,6 +25,7 @@ LAYERS = (
     ("check",),
     ("engine",),
     ("maintenance",),
+    ("library",),
     ("__init__",),  # the public names
     ("server", "cli"),
     ("__main__",),

@@ -24,10 +24,10 @@ from support.qed_image import F_NEED_CHECK, ImageSpec, QedFile, assert_sound, bu
 import qedcore
 from qedcore.check.cluster_use import ClusterUse
 from qedcore.engine.census import Census
+from qedcore.engine.chain import open_image
 from qedcore.engine.image import QEDImage
 from qedcore.errors import CorruptImageError, StorageError
 from qedcore.format.table import Table
-from qedcore.maintenance.tidy import tidy
 from unit.fakes import Call, Gate, Job, MemoryStorage, open_tapped
 
 CS = 64 * 1024
@@ -389,7 +389,7 @@ def test_close_does_not_wait_for_the_whole_count(tmp_path: Path, slow_count: Gat
     path = tmp_path / "image.qed"
     build(path, ImageSpec(**SPEC, leaks=3))  # type: ignore[arg-type]
     lines: list[str] = []
-    image = qedcore.open_image(path, log=lines.append)
+    image = open_image(path, log=lines.append)
     image.pwrite(b"a" * CS, 5 * CS)
     slow_count.reached()
     close = Job(image.close)
@@ -482,7 +482,6 @@ def test_no_crash_loses_space(tmp_path: Path, kill: str) -> None:
     os.waitpid(child, 0)
     with qedcore.open_image(path) as image:
         before = image.pread(40 * CS, 0), image.pread(40 * CS, SPAN)
-        tidy(image)
     assert_sound(path)
     with qedcore.open_image(path, writable=False) as image:
         assert before == (image.pread(40 * CS, 0), image.pread(40 * CS, SPAN))

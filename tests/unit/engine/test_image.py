@@ -292,7 +292,8 @@ def test_accepted(image: Callable[..., Built], name: str, writable: bool) -> Non
     built = image(**changes)
     before = snapshot(built.path)
     assert_guest(built, writable=writable)
-    assert snapshot(built.path) == before  # clean: not even a writable open has anything to write
+    if not (writable and built.spec.leaks):  # which the close gives back
+        assert snapshot(built.path) == before  # clean: not even a writable open has anything to write
 
 
 def test_header_size_0_with_l1_on_the_header(image: Callable[..., Built]) -> None:

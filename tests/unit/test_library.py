@@ -1,0 +1,73 @@
+"""What a program that imports qedcore calls: opening for writing, and what closing gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.qed_image import Built, assert_sound
+
+import qedcore
+from qedcore.errors import QEDError, StorageError
+from qedcore.storage import Storage
+from qedcore.storage.cache_mode import CacheMode
+from qedcore.storage.open import open_storage
+from unit.fakes import CHANGES, FailAt, Tap
+
+Image = Callable[..., Built]
+
+
+def test_close_gives_back_what_is_free_inside_the_file(image: Image) -> None:
+    """Leaks of another program, and what was freed in this opening."""
+    built = image(layout=dict.fromkeys(range(40), "data"), leaks=3)
+    with qedcore.open_image(built.path) as img:
+        img.trim(2 << 16, 5 << 16)
+        want = img.pread(img.size, 0)
+    assert_sound(built.path)
+    assert built.path.stat().st_size == built.end - (8 << 16)
+    with qedcore.open_image(built.path, writable=False) as img:
+        assert img.pread(img.size, 0) == want
+
+
+def test_close_of_a_reader_changes_nothing(image: Image) -> None:
+    built = image(layout="DD", leaks=3)
+    before = built.path.read_bytes()
+    qedcore.open_image(built.path, writable=False).close()
+    assert built.path.read_bytes() == before
+
+
+def test_damage_is_left_alone(image: Image) -> None:
+    built = image(layout="DD", leaks=3, entries={2: 0x12345})
+    before = built.path.read_bytes()
+    lines: list[str] = []
+    qedcore.open_image(built.path, log=lines.append).close()
+    assert built.path.read_bytes() == before
+    assert [line for line in lines if "check the image" in line]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_error_while_tidying(image: Image, late: bool) -> None:
+    """Wherever it happens the image is closed, and nothing of the guest is lost."""
+    for n in range(1, 60):
+        built = image(layout=dict.fromkeys(range(9), "data"), leaks=3)
+        fault = FailAt(n, CHANGES, late=late)
+
+        def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
+            return Tap(open_storage(path, writable, mode), fault)  # noqa: B023
+
+        options: dict[str, Any] = {"opener": opener}
+        img = qedcore.open_image(built.path, **options)
+        want = built.read(0, img.size)
+        try:
+            img.close()
+        except StorageError:
+            pass
+        with pytest.raises(QEDError):
+            img.pread(1, 0)
+        with qedcore.open_image(built.path) as img:
+            assert img.pread(img.size, 0) == want
+        assert_sound(built.path)
+        if fault.hit is None:
+            break
+    assert n > 4
