@@ -58,6 +58,16 @@ class SlotMap:
                 chunk = self._chunks[at >> _CHUNK_BITS] = empty(1 << _CHUNK_BITS)
             chunk[at & _IN_CHUNK] = unit
 
+    def claim(self, slot: int, unit: int) -> bool:
+        """put() for one free slot; False if it is not free."""
+        chunk = self._chunks.get(slot >> _CHUNK_BITS)
+        if chunk is None:
+            chunk = self._chunks[slot >> _CHUNK_BITS] = empty(1 << _CHUNK_BITS)
+        if chunk[slot & _IN_CHUNK] != FREE:
+            return False
+        chunk[slot & _IN_CHUNK] = unit
+        return True
+
     def items(self, first: int) -> Iterator[tuple[int, int]]:
         """(slot, unit) of the slots in use from `first` on, in order."""
         for number in sorted(self._chunks):
@@ -104,7 +114,11 @@ class Layout:
                     self.l2_offsets[index] = offset
         for index in self.l2_offsets:
             for unit, offset in self.data_units(index):
-                self._place(unit, offset)
+                if not self._bounds.valid_cluster(offset) or not self.units.claim(offset >> geo.l2_shift, unit):
+                    self._place(unit, offset)  # which tells what is wrong
+                self.used += 1
+                if self.used > max_units:
+                    raise LimitError("the image has too many clusters")
         self._max_bytes = FAR  # of the first look
 
     def _l1_offset(self) -> int:
@@ -174,13 +188,12 @@ class Layout:
             base += geo.part_entries
 
     def _place(self, unit: int, offset: int) -> None:
-        n = self.size_of(unit)
         slot = offset >> self._geometry.l2_shift
+        n = self.size_of(unit)
         valid = self._bounds.valid_table(offset) if is_table(unit) else self._bounds.valid_cluster(offset)
-        if not valid or self.units[slot] != FREE or (n > 1 and any(self.units[slot + i] != FREE for i in range(n))):
+        if not valid or not all(self.units.claim(slot + i, unit) for i in range(n)):
             found = "refers twice to clusters" if valid else "has an invalid entry for clusters"
             raise CorruptImageError(f"damaged image: it {found} at {offset:#x}: repair it first (check -r all)")
-        self.units.put(slot, n, unit)
         self.used += n
         if self.used > self._max_units:
             raise LimitError("the image has too many clusters")
