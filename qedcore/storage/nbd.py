@@ -29,7 +29,6 @@ import hashlib
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, Callable
 
 from ..errors import NotWritableError, StorageError, UnreachableError
@@ -37,7 +36,9 @@ from ..locks import Rank, ranked_condition
 from . import ReadBuffer, WriteBuffer
 from .file_lock import LockedError, Locking
 from .flush import GroupCommit
-from .nbd_link import LARGEST, Link, LinkLost, Offer, Peer, Submit, explained, import_nbd, text_of
+from .nbd_link import LARGEST, Link, LinkLost, Offer, Peer, Request, explained, import_nbd, text_of
+from .nbd_requests import Flush, Read, Status, Write
+from .nbd_session import Session
 from .ranges import BusyRanges, RangeSet
 from .replay_log import ReplayLog
 
@@ -50,6 +51,8 @@ _LOSSES = 5  # connections that one request may lose: it may be what kills the s
 
 class UriPeer:
     """A server at an NBD URI; `trusted`: the URI may name files with keys."""
+
+    several = True
 
     def __init__(self, uri: str, trusted: bool) -> None:
         self._uri = uri
@@ -64,28 +67,6 @@ class UriPeer:
 
     def close(self) -> None:
         """There is nothing to close."""
-
-
-class _Write:
-    """A write in flight: zeros if `data` is None."""
-
-    __slots__ = ("data", "end", "offset", "overtaken")
-
-    def __init__(self, offset: int, length: int, data: bytes | None) -> None:
-        self.offset = offset  # bytes
-        self.end = offset + length  # bytes
-        self.data = data
-        self.overtaken = False  # another one to the same place was answered meanwhile (I9)
-
-    def send(self, handle: Any, done: Callable[[Any], int]) -> None:
-        if self.data is None:
-            handle.aio_zero(self.end - self.offset, self.offset, done)
-        else:
-            handle.aio_pwrite(self.data, self.offset, done)
-
-
-def _receive(view: memoryview, offset: int, handle: Any, done: Callable[[Any], int]) -> None:
-    handle.aio_pread(view, offset, done)
 
 
 class NbdStorage:
@@ -120,15 +101,17 @@ class NbdStorage:
         self._connecting = False
         self._closed = False
         self._log = ReplayLog()
-        self._writing: dict[_Write, None] = {}
+        self._writing: dict[Write, None] = {}
         self._doubts = RangeSet()  # where a write had no answer
-        self._link: Link | None = None
+        self._session: Session | None = None
+        self._old: Session | None = None  # the last one, which may still have requests on their way
         self._failures = 0  # attempts to connect again that were given up
         self._failure = ""
         self._writable = False
         try:
             self._nbd = import_nbd()
-            self._link = link = self._connect(_HANDSHAKE, None)
+            link = self._connect(_HANDSHAKE, None)
+            self._session = self._begin_session(link)
         except BaseException as error:
             peer.close()
             if isinstance(error, LinkLost):
@@ -183,38 +166,46 @@ class NbdStorage:
             raise
         return link
 
-    def _call(self, submit: Submit, write: _Write | None = None) -> None:
+    def _begin_session(self, link: Link) -> Session:
+        shared = self._peer.several and link.offer.can_share
+        return Session(link, (lambda seconds: self._connect(seconds, link.offer)) if shared else None)
+
+    def _call(self, request: Request, write: Write | None = None) -> None:
         """Carry out a request, on as many connections as it takes.  Raises OSError and UnreachableError.
 
         A `write` is noted in the log when it is answered.
         """
         losses = 0
         while losses < _LOSSES:
-            link = self._connected()
+            session = self._session or self._connected()
             try:
-                link.call(submit)
+                session.call(request)
             except LinkLost:
                 losses += 1
                 self._doubt(write)
-                with self._cond:
-                    if self._link is link:
-                        self._link = None
-                link.close()
+                self._lose(session)
             except OSError:  # the answer
                 raise
             except BaseException:  # a signal's: the request is on its way
                 self._doubt(write)
                 raise
             else:
-                if write is None or self._note(write, link):
+                if write is None or self._note(write, session):
                     return
         raise UnreachableError(f"{self.name}: the connection was lost {_LOSSES} times during one request")
 
-    def _note(self, write: _Write, link: Link) -> bool:
-        """The write was answered on this link: it need not be sent again, unless False."""
+    def _lose(self, session: Session) -> None:
         with self._cond:
-            if self._link is not link and not self._closed:
-                return False  # the next link may have been given the log already, without this one (I6)
+            if self._session is session:
+                self._session = None
+                self._old = session
+        session.close()
+
+    def _note(self, write: Write, session: Session) -> bool:
+        """The write was answered in this session: it need not be sent again, unless False."""
+        with self._cond:
+            if self._session is not session and not self._closed:
+                return False  # the next one may have been given the log already, without this write (I6)
             if write.overtaken:
                 write.overtaken = False
                 return False  # the server may have it before or after the other one (I9)
@@ -224,7 +215,7 @@ class NbdStorage:
                     other.overtaken = True
         return True
 
-    def _doubt(self, write: _Write | None) -> None:
+    def _doubt(self, write: Write | None) -> None:
         """The write has no answer: the server may carry it out at any time, even if it is sent again."""
         if write is not None:
             with self._cond:
@@ -235,11 +226,11 @@ class NbdStorage:
         with self._cond:
             return self._doubts.overlaps(offset, offset + length)
 
-    def _connected(self) -> Link:
-        """The link; the first who finds it lost makes it again, and the others wait.  Raises UnreachableError."""
+    def _connected(self) -> Session:
+        """The session; the first who finds it lost begins another, and the others wait.  Raises UnreachableError."""
         with self._cond:
             failures = self._failures
-            while self._link is None:
+            while self._session is None:
                 if self._closed:
                     raise StorageError(f"{self.name} was closed", code=errno.ESHUTDOWN)
                 if self._failures > failures:
@@ -248,33 +239,36 @@ class NbdStorage:
                     break
                 self._cond.wait()
             else:
-                return self._link
+                return self._session
             self._connecting = True
+            old, self._old = self._old, None
             # Whoever comes after others have waited in vain makes one attempt.
             patience = 0.0 if failures else self._patience
-        link, failure = None, ""
+        session, failure = None, ""
         try:
-            link = self._connect_again(patience)
+            if old is not None:
+                old.drain(self._patience)
+            session = self._connect_again(patience)
         except LinkLost as error:
             failure = str(error)
             raise UnreachableError(f"cannot reach {self.name}: {failure}") from None
         finally:
             with self._cond:
                 self._connecting = False
-                self._link = link
-                self._failures = 0 if link else self._failures + 1
+                self._session = session
+                self._failures = 0 if session else self._failures + 1
                 self._failure = failure
                 self._cond.notify_all()
-        return link
+        return session
 
-    def _connect_again(self, patience: float) -> Link:
+    def _connect_again(self, patience: float) -> Session:
         deadline = self._clock() + patience
         while True:
             try:
                 link = self._connect(max(self._patience, _HANDSHAKE), self._offer)
                 try:
                     self._replay(link)
-                    return link
+                    return self._begin_session(link)
                 except BaseException:
                     link.close()
                     raise
@@ -294,7 +288,7 @@ class NbdStorage:
             pieces = list(self._log)
         for piece in pieces:
             try:
-                link.call(_Write(*piece[:3]).send)
+                link.call(Write(*piece[:3]).submit)
             except OSError as error:
                 raise LinkLost(f"a write that it may have lost failed: {error.strerror}") from None
 
@@ -316,7 +310,7 @@ class NbdStorage:
         try:
             for at, n in self._pieces(start, end - start):
                 part = target[at - start : at - start + n]
-                self._call(partial(_receive, part, at))
+                self._call(Read(part, at))
         except OSError as error:
             raise explained(f"cannot read {here} bytes at {offset:#x} of {self.name}", error) from None
         if target is not view:
@@ -334,7 +328,7 @@ class NbdStorage:
                 view = self._filled(view, offset, start, end)
             try:
                 for at, n in self._pieces(start, end - start):
-                    self._write(_Write(at, n, bytes(view[at - start : at - start + n])))
+                    self._write(Write(at, n, bytes(view[at - start : at - start + n])))
             except OSError as error:
                 raise explained(what, error) from None
 
@@ -357,22 +351,22 @@ class NbdStorage:
             with self._busy.hold(offset, offset + length, False):
                 step = max(LARGEST // self._block, 1) * self._block  # the limit of the server is for data
                 for at in range(offset, offset + length, step):
-                    self._write(_Write(at, min(step, offset + length - at), None))
+                    self._write(Write(at, min(step, offset + length - at), None))
         except OSError as error:
             if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP):
                 return False
             raise explained(f"cannot zero {length} bytes at {offset:#x} of {self.name}", error) from None
         return True
 
-    def _write(self, write: _Write) -> None:
+    def _write(self, write: Write) -> None:
         if not self._can_flush:
-            return self._call(write.send)
+            return self._call(write)
         if self._log.cost > KEPT_BYTES:
             self.flush()
         with self._cond:
             self._writing[write] = None
         try:
-            self._call(write.send, write)
+            self._call(write, write)
         except BaseException as error:
             if not isinstance(error, UnreachableError):
                 self._settle(write)
@@ -381,7 +375,7 @@ class NbdStorage:
             with self._cond:
                 del self._writing[write]
 
-    def _settle(self, failed: _Write) -> None:
+    def _settle(self, failed: Write) -> None:
         """The server has refused a write, and may have carried out some of it: what is there now must stay (I8)."""
         with self._cond:
             older = self._log.overlaps(failed.offset, failed.end - failed.offset)
@@ -402,7 +396,7 @@ class NbdStorage:
         with self._cond:
             epoch = self._log.begin_flush()
         try:
-            self._call(lambda handle, done: handle.aio_flush(done))
+            self._call(Flush())
         except OSError as error:
             raise explained(f"cannot flush {self.name}", error) from None
         # Only now: a server that has crashed before it answered needs all of it again.
@@ -413,17 +407,13 @@ class NbdStorage:
         """(has data, bytes) of the run at `offset`; data everywhere if the server cannot tell."""
         if not self._offer.can_tell_zeros or offset + length > self.size():
             return True, length
-        found: list[int] = []
-
-        def take(context: str, at: int, entries: list[int], error: Any) -> int:
-            found[:] = entries[:2]
-            return 0
-
         start, end = self._blocks(offset, min(length, LARGEST))
+        status = Status(end - start, start)
         try:
-            self._call(lambda handle, done: handle.aio_block_status(end - start, start, take, done))
+            self._call(status)
         except OSError:
-            found.clear()
+            return True, length
+        found = status.found
         if not found:
             return True, length
         n, flags = found[0] - (offset - start), found[1]
@@ -446,9 +436,9 @@ class NbdStorage:
     def close(self) -> None:
         with self._cond:
             self._closed = True
-            link, self._link = self._link, None
-        if link is not None:
-            link.close()
+            session, self._session = self._session, None
+        if session is not None:
+            session.close()
         self.unlock()
         self._peer.close()
 

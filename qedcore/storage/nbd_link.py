@@ -19,6 +19,7 @@ import os
 import select
 import socket
 import time
+from contextlib import suppress
 from typing import Any, Callable, NamedTuple, Protocol
 
 from ..errors import StorageError, UnsupportedError
@@ -39,6 +40,8 @@ def import_nbd() -> Any:
 
 class Peer(Protocol):
     """The other end."""
+
+    several: bool  # it may be connected to more than once at a time
 
     def begin(self, handle: Any) -> None:
         """Start to connect a new libnbd handle.  Raises nbd.Error, OSError and StorageError."""
@@ -70,6 +73,7 @@ class Offer(NamedTuple):
     can_flush: bool
     can_zero: bool
     can_tell_zeros: bool
+    can_share: bool  # multi-conn: a flush on one connection covers what was answered on all
 
     @classmethod
     def of(cls, handle: Any, nbd: Any) -> Offer:
@@ -81,6 +85,7 @@ class Offer(NamedTuple):
             bool(handle.can_flush()),
             bool(handle.can_zero()),
             bool(handle.can_meta_context("base:allocation")),
+            bool(handle.can_multi_conn()),
         )
 
     def problem(self, old: Offer, writing: bool) -> str | None:
@@ -96,7 +101,21 @@ class Offer(NamedTuple):
         return None
 
 
-class _Request:
+class Request(Protocol):
+    """What is asked of a server: it may be asked more than once."""
+
+    size: int  # bytes of its data
+
+    def submit(self, handle: Any, done: Callable[[Any], int]) -> object:
+        """Call one of libnbd's aio functions, with `done` for its completion."""
+        ...
+
+    def run(self, handle: Any) -> object:
+        """Call one of libnbd's functions that return when the answer is there.  Raises nbd.Error."""
+        ...
+
+
+class _Pending:
     """A request in flight: `done` once `code` is its errno or 0.  Protected by the link's lock."""
 
     def __init__(self, lock: Any) -> None:
@@ -121,11 +140,12 @@ class Link:
     def __init__(self, peer: Peer, seconds: float) -> None:
         self._nbd = nbd = import_nbd()
         self._lock = ranked_lock(Rank.STORAGE)  # protects everything below
-        self._pending: dict[_Request, None] = {}
+        self._pending: dict[_Pending, None] = {}
         self._polling = False
         self._closing = False
         self.lost = False
         self.handle: Any = None
+        self._socket: Any = None  # the connection's
         try:
             self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
@@ -137,6 +157,7 @@ class Link:
             peer.begin(self.handle)
             self._wait_until_ready(time.monotonic() + seconds)
             self.offer = Offer.of(self.handle, nbd)
+            self._socket = socket.socket(fileno=os.dup(self.handle.aio_get_fd()))  # our own: libnbd may close its one
             self.peer = self._name_peer()  # the export, named alike by all clients on this machine, if it can be
         except (nbd.Error, OSError) as error:
             self.close()
@@ -157,21 +178,21 @@ class Link:
 
     def keep_alive(self, seconds: float) -> None:
         """Notice a peer that has vanished without a word within about this time."""
-        with socket.socket(fileno=os.dup(self.handle.aio_get_fd())) as sock:
-            if sock.family in (socket.AF_INET, socket.AF_INET6):
-                interval = max(int(seconds / 4), 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(int(seconds * 1000), 1))
+        sock = self._socket
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            interval = max(int(seconds / 4), 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(int(seconds * 1000), 1))
 
     def _name_peer(self) -> str | None:
-        with socket.socket(fileno=os.dup(self.handle.aio_get_fd())) as sock:
-            address, export = sock.getpeername(), self.handle.get_export_name()
-            if sock.family == socket.AF_UNIX and not os.path.isabs(address):
-                return None  # a private one, or relative to the directory of its server
-            return f"{sock.family.name} {address} {export}"
+        sock = self._socket
+        address, export = sock.getpeername(), self.handle.get_export_name()
+        if sock.family == socket.AF_UNIX and not os.path.isabs(address):
+            return None  # a private one, or relative to the directory of its server
+        return f"{sock.family.name} {address} {export}"
 
     def call(self, submit: Submit) -> None:
         """Carry out one request: submit(handle, completion) calls one of libnbd's aio functions.
@@ -179,7 +200,7 @@ class Link:
         Raises OSError with the server's errno, or LinkLost.
         """
         with self._lock:
-            request = _Request(self._lock)
+            request = _Pending(self._lock)
             if self.lost:
                 raise LinkLost
             try:
@@ -209,6 +230,26 @@ class Link:
                 raise LinkLost
         if request.code:
             raise OSError(request.code, os.strerror(request.code))
+
+    def run(self, work: Callable[[Any], object]) -> None:
+        """Carry out one request, alone: work(handle) calls a function of libnbd that waits.  Raises as call().
+
+        Such a function lets go of the interpreter until it has the answer.
+        """
+        if self.lost:
+            raise LinkLost
+        try:
+            work(self.handle)
+        except self._nbd.Error as error:
+            if self._is_lost() or error.errnum in _LOST:
+                self.lost = True
+                raise LinkLost from None
+            raise OSError(error.errnum or errno.EIO, text_of(error)) from None
+
+    def cut(self) -> None:
+        """Break the connection, under a request that waits."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _serve_all(self) -> None:
         """Wait for something to happen on the socket, and let libnbd see to it.  Lock held, but not while waiting."""
@@ -284,6 +325,8 @@ class Link:
         self.handle = None  # libnbd closes it
         os.close(self._wake_read)
         os.close(self._wake_write)
+        if self._socket is not None:
+            self._socket.close()
 
 
 def text_of(error: Any) -> str:

@@ -26,6 +26,8 @@ _ACTIVATE = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" "$@" 3<&0 0</dev/null'
 class QemuNbd:
     """A Peer: starts a qemu-nbd for each connection.  It owns `fd`, which the process inherits, if that is not -1."""
 
+    several = False  # a new connection ends the process of the one before
+
     def __init__(self, words: Sequence[str], fd: int = -1) -> None:
         program = shutil.which("qemu-nbd")
         if program is None:

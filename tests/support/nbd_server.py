@@ -34,6 +34,10 @@ class Disconnect(Exception):
     """Raised by the hook: the connections are lost before the answer, but the server is not: it carries this out."""
 
 
+class HangUp(Exception):
+    """Raised by the hook: the connection is lost, and others are not; the server carries this out."""
+
+
 class CrashAfter(Exception):
     """Raised by the hook: the server is gone when it has carried out the request, but not answered."""
 
@@ -57,6 +61,7 @@ class FakeServer:
         self.now = bytearray(content)
         self.block = 1  # bytes: the unit of requests
         self.largest = 32 << 20  # bytes per request
+        self.most = 1000  # connections; others are accepted, and wait for ever
         self.flags = HAS_FLAGS | CAN_FLUSH | CAN_FUA | CAN_ZERO
         self.connections = 0
         self.log: list[Request] = []
@@ -86,18 +91,18 @@ class FakeServer:
             if self._listener is not None:
                 self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
             self._listener = None
-            self._cut()
+            self._cut(self._open)
 
     def disconnect(self) -> None:
         """The network fails: the server has lost nothing, and carries out what it has been asked."""
         with self._lock:
-            self._cut()
+            self._cut(self._open)
 
-    def _cut(self) -> None:
-        for broken in self._open:
+    def _cut(self, connections: list[socket.socket]) -> None:
+        for broken in connections:
             with suppress(OSError):  # the client may have left
                 broken.shutdown(socket.SHUT_RDWR)
-        self._open.clear()
+        self._open = [connection for connection in self._open if connection not in connections]
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -117,6 +122,8 @@ class FakeServer:
     def _serve(self, connection: socket.socket) -> None:
         try:
             with connection, connection.makefile("rb") as stream:
+                if self.connections > self.most:
+                    stream.read(1)
                 self._handshake(connection, stream.read)
                 lock = threading.Lock()  # one answer at a time
                 while True:
@@ -168,6 +175,9 @@ class FakeServer:
             after = True
         except Disconnect:
             self.disconnect()
+        except HangUp:
+            with self._lock:
+                self._cut([connection])
         with self._lock:
             if crashes != self._crashes:
                 return

@@ -178,6 +178,7 @@ ELSEWHERE = {
     "maintenance.tidy": "unit/maintenance/test_compact.py",
     "server.thread_state": "plugin/test_thread_state.py",
     "storage.nbd_link": "unit/storage/test_nbd.py",
+    "storage.nbd_requests": "unit/storage/test_nbd.py",
     "storage.qemu_nbd": "interop/test_foreign_backing.py",
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from support.nbd_server import (
     CAN_FLUSH,
+    CAN_MULTI_CONN,
     CAN_ZERO,
     FLUSH,
     HAS_FLAGS,
@@ -28,6 +29,7 @@ from support.nbd_server import (
     Fail,
     FailAfter,
     FakeServer,
+    HangUp,
     Request,
 )
 from support.patterns import KiB, MiB, assert_same, stamp
@@ -37,7 +39,7 @@ from support.server import import_nbd, wait_for
 import qedcore
 from qedcore.errors import StorageError, UnreachableError
 from qedcore.server.shared_image import Opener
-from qedcore.storage import in_doubt
+from qedcore.storage import in_doubt, nbd_session
 from qedcore.storage import nbd as nbd_module
 from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.file_lock import LockedError, Locking
@@ -69,6 +71,16 @@ def server(tmp_path: Path) -> Iterator[FakeServer]:
     fake = FakeServer(tmp_path / "s", stamp(1, 0, SIZE)).start()
     yield fake
     fake.crash()
+
+
+both = pytest.mark.parametrize("several", [False, True], ids=["one connection", "several"])
+
+
+@pytest.fixture
+def shared(server: FakeServer) -> FakeServer:
+    """It lets clients have several connections."""
+    server.flags |= CAN_MULTI_CONN
+    return server
 
 
 @pytest.fixture
@@ -267,13 +279,15 @@ def script(storage: NbdStorage, rng: random.Random, model: bytearray, durable: l
 
 @pytest.mark.parametrize("how", [Crash, CrashAfter, Disconnect])
 @pytest.mark.parametrize("times", [1, 2])
-def test_crash_at_every_request(tmp_path: Path, seed: str, how: type[Exception], times: int) -> None:
+@both
+def test_crash_at_every_request(tmp_path: Path, seed: str, how: type[Exception], times: int, several: bool) -> None:
     """The server loses what was not flushed and comes back: the client never notices, and no flush lies."""
     import_nbd()
     crashes = 0
     for n in range(1, 40):
         rng = random.Random(seed)
         server = FakeServer(tmp_path / "s", bytes(8 * KiB))
+        server.flags |= CAN_MULTI_CONN * several
         clock = Clock()
         count = 0
         left = times
@@ -291,7 +305,7 @@ def test_crash_at_every_request(tmp_path: Path, seed: str, how: type[Exception],
         clock.on_pause = lambda: None if server.path.exists() else server.start() and None  # noqa: B023
         storage = connect(server, clock)
         model, durable = bytearray(8 * KiB), [bytes(8 * KiB)]
-        script(storage, rng, model, durable)
+        Job(script, storage, rng, model, durable).result()  # the main thread waits in another way
         assert_same(read(storage, 0, 8 * KiB), bytes(model))
         storage.flush()
         assert_same(server.durable, bytes(model))
@@ -304,11 +318,13 @@ def test_crash_at_every_request(tmp_path: Path, seed: str, how: type[Exception],
 
 
 @pytest.mark.parametrize("n", range(4))
+@both
 def test_crashes_under_many_threads(
-    server: FakeServer, clock: Clock, seed: str, n: int, monkeypatch: pytest.MonkeyPatch
+    server: FakeServer, clock: Clock, seed: str, n: int, monkeypatch: pytest.MonkeyPatch, several: bool
 ) -> None:
     """Eight writers, each with its own range; the server crashes again and again, before and after requests."""
     monkeypatch.setattr(nbd_module, "_LOSSES", 1000)
+    server.flags |= CAN_MULTI_CONN * several
     rng = random.Random(seed)
     crashes = iter([rng.randrange(5, 60) for _ in range(12)])
     lock = threading.Lock()
@@ -320,7 +336,7 @@ def test_crashes_under_many_threads(
             left -= 1
             if left == 0:
                 left = next(crashes, -1)
-                raise (Crash, CrashAfter, Disconnect)[left % 3]
+                raise (Crash, CrashAfter, Disconnect, HangUp)[left % 4]
 
     def come_back() -> None:
         if not server.path.exists():
@@ -427,6 +443,112 @@ def test_answer_of_a_connection_that_is_lost_before_it_is_noted(
     gate.open(2)
     writer.result()
     assert read(storage, 0, 1) == b"x"
+
+
+def test_a_connection_for_each_request_in_flight(shared: FakeServer, clock: Clock) -> None:
+    """As many as are wanted at once, whichever threads want them, and no more; a flush is made on any of them."""
+    storage = connect(shared, clock)
+    gate = Gate()
+    shared.hook = lambda request: gate.stop() if request.kind == WRITE else None
+    for _ in range(3):
+        jobs = [Job(storage.pwrite, bytes([i]), i) for i in range(3)]
+        gate.reached(3)
+        gate.open(3)
+        for job in jobs:
+            job.result()
+        for _ in range(20):
+            assert Job(read, storage, 0, 3).result() == bytes(range(3))
+    Job(storage.flush).result()
+    assert shared.durable[:3] == bytes(range(3))
+    assert shared.connections == 3
+    before = open_fds()
+    storage.close()
+    wait_for(lambda: open_fds() <= before - 2 * 3, "both ends of each are closed")
+
+
+def test_requests_beyond_the_limit_of_connections(
+    shared: FakeServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd_session, "MOST_LINKS", 2)
+    storage = connect(shared, clock)
+    gate = Gate()
+    shared.hook = lambda request: gate.stop()
+    jobs = [Job(read, storage, i * KiB, 10) for i in range(6)]
+    gate.reached(2)
+    gate.avoided()
+    gate.open(6)
+    for i, job in enumerate(jobs):
+        assert_same(job.result(), stamp(1, i * KiB, 10))
+    assert shared.connections == 2
+    storage.close()
+
+
+def test_server_with_a_limit_of_connections(
+    shared: FakeServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third is accepted and gets no answer: two have to do."""
+    monkeypatch.setattr(nbd_session, "_MORE_SECONDS", 0.05)
+    shared.most = 2
+    storage = connect(shared, clock)
+    gate = Gate()
+    shared.hook = lambda request: gate.stop()
+    jobs = [Job(read, storage, i * KiB, 10) for i in range(6)]
+    gate.reached(2)
+    gate.open(6)
+    for i, job in enumerate(jobs):
+        assert_same(job.result(), stamp(1, i * KiB, 10))
+    assert shared.connections == 3
+    storage.close()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_one_of_the_connections_is_lost(shared: FakeServer, clock: Clock, answers: bool) -> None:
+    """What is on its way on another one is waited for, lest it overwrites what comes later; but not for ever."""
+    storage = connect(shared, clock)
+    storage._patience = 20.0 if answers else 0.05
+    gate = Gate()
+
+    def hook(request: Request) -> None:
+        if request.data == b"slow":
+            gate.stop()
+        if request.kind == READ and shared.connections == 2:
+            raise HangUp
+
+    Job(storage.pwrite, b"kept", 10).result()
+    shared.hook = hook
+    slow = Job(storage.pwrite, b"slow", 0)
+    gate.reached()
+    reader = Job(read, storage, 10, 4)
+    if answers:
+        wait_for(lambda: storage._connecting, "the reader has noticed")
+        assert shared.connections == 2
+    else:
+        assert reader.result() == b"kept"
+    gate.open(3)
+    slow.result()
+    assert reader.result() == b"kept"
+    assert read(storage, 0, 4) == b"slow"
+    assert in_doubt(storage, 0, 4) is not answers
+    storage.close()
+
+
+def test_flush_counts_for_all_connections_of_its_session(shared: FakeServer, clock: Clock) -> None:
+    """Writes on three connections, a flush on one of them, a crash: nothing is missing, and nothing is sent again."""
+    storage = connect(shared, clock)
+    gate = Gate()
+    shared.hook = lambda request: gate.stop() if request.kind == WRITE else None
+    jobs = [Job(storage.pwrite, bytes([i]), i) for i in range(3)]
+    gate.reached(3)
+    gate.open(3)
+    for job in jobs:
+        job.result()
+    Job(storage.flush).result()
+    shared.crash()
+    shared.log.clear()
+    clock.on_pause = lambda: shared.start() and None
+    assert Job(read, storage, 0, 3).result() == bytes(range(3))
+    assert [r.kind for r in shared.log] == [READ]
+    storage.close()
 
 
 def test_second_crash_while_writes_are_sent_again(server: FakeServer, storage: NbdStorage, clock: Clock) -> None:
@@ -591,7 +713,7 @@ def test_server_that_stays_away(server: FakeServer, storage: NbdStorage, clock: 
     assert clock.now - before >= 30
 
 
-@pytest.mark.parametrize("function, n", [("pipe2", 1), ("dup", 1), ("dup", 2)])
+@pytest.mark.parametrize("function, n", [("pipe2", 1), ("dup", 1)])
 def test_no_descriptor_left_for_a_moment(
     server: FakeServer, storage: NbdStorage, monkeypatch: pytest.MonkeyPatch, function: str, n: int
 ) -> None:
@@ -756,13 +878,17 @@ def test_unsafe_cache_keeps_nothing(server: FakeServer, clock: Clock) -> None:
     storage.close()
 
 
-def test_nothing_is_left_open(server: FakeServer, clock: Clock) -> None:
+@both
+def test_nothing_is_left_open(server: FakeServer, clock: Clock, several: bool) -> None:
+    server.flags |= CAN_MULTI_CONN * several
     before = open_fds()
     for _ in range(3):
         storage = connect(server, clock)
         server.crash()
         server.start()
         read(storage, 0, 1)
+        for job in [Job(read, storage, 0, 1) for _ in range(5)]:
+            job.result()
         storage.close()
         storage.close()
         with pytest.raises(StorageError, match="closed"):
@@ -773,12 +899,15 @@ def test_nothing_is_left_open(server: FakeServer, clock: Clock) -> None:
     wait_for(lambda: open_fds() <= before, "descriptors are closed")
 
 
-def test_fork(server: FakeServer, storage: NbdStorage) -> None:
+@both
+def test_fork(server: FakeServer, clock: Clock, several: bool) -> None:
     """nbdkit goes to the background with the storage open: the child has it, and the parent leaves."""
+    server.flags |= CAN_MULTI_CONN * several
+    storage = connect(server, clock)
     assert_same(read(storage, 0, 10), stamp(1, 0, 10))
     pid = os.fork()
     if pid == 0:
-        ok = read(storage, 100, 10) == stamp(1, 100, 10)
+        ok = Job(read, storage, 100, 10).result() == read(storage, 100, 10) == stamp(1, 100, 10)
         os._exit(0 if ok else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert server.connections == 1
