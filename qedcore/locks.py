@@ -15,7 +15,7 @@ CHECK = os.environ.get("QEDCORE_CHECK_LOCKS") == "1"
 
 
 class Rank(enum.IntEnum):
-    """The order of DESIGN: a lock may be taken only while all locks held have lower ranks."""
+    """The order of qedcore/README.md: a lock may be taken only while all locks held have lower ranks."""
 
     SHARED = 0  # which image a server's connections use
     LIFECYCLE = 1  # open and close of one image

@@ -74,7 +74,7 @@ class Header(NamedTuple):
 
 
 def read_header(storage: Storage) -> tuple[Header, Geometry, Bounds]:
-    """Read and validate, in the order of QEMU's driver (behaviour: bdrv_qed_open).
+    """Read and validate, in the order of QEMU's driver (bdrv_qed_open).
 
     Raises ImageFormatError, UnsupportedError or StorageError.  Bytes that a short file lacks count as zero.
     """
