@@ -16,7 +16,7 @@ from ..backing.policy import BackingPolicy
 from ..engine.chain import open_source
 from ..engine.cluster_map import FOUND, ZERO
 from ..engine.image import QEDImage
-from ..engine.source import Source, find_data, layers, read_chain
+from ..engine.source import Source, find_run, layers, read_chain
 from ..errors import RequestError
 from ..format.geometry import DEFAULT_CLUSTER_SIZE, round_up
 from ..format.header import HeaderUpdater, place_for_name, read_header
@@ -120,8 +120,8 @@ def _same_place(old: Source | None, new: Source | None, pos: int, length: int) -
     """(True, bytes) where the chains cannot differ: zeros, or the same bytes of one file; else (False, bytes)."""
     result, done = False, 0
     while done < length:
-        here, at, n = find_data(old, pos + done, length - done)
-        there, other, n = find_data(new, pos + done, n)
+        here, at, n = _find_below(old, pos + done, length - done)
+        there, other, n = _find_below(new, pos + done, n)
         if here is None or there is None:
             same = here is there
         else:
@@ -131,7 +131,17 @@ def _same_place(old: Source | None, new: Source | None, pos: int, length: int) -
             break
         result = same
         done += n
+        if not same and done >= COMPARE_STEP:
+            break  # no more is compared at once
     return result, done
+
+
+def _find_below(source: Source | None, pos: int, length: int) -> tuple[Storage | None, int, int]:
+    """(storage, offset in it, bytes) of the data at pos; None where there are zeros, as in holes of plain files."""
+    if source is None:
+        return None, 0, length
+    _, storage, offset, n = find_run(source, pos, length)
+    return storage, offset, n
 
 
 def _runs(

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from support import qemu
 from support.crashes import World, check_crashes, guest
-from support.patterns import KiB, assert_same, random_ops, stamp
+from support.patterns import GiB, KiB, MiB, assert_same, random_ops, stamp
 from support.qed_image import F_BACKING_FILE, F_NO_PROBE, Built, QedFile, assert_sound, read_header
 
 import qedcore
 from qedcore.engine.chain import close_source, open_source
 from qedcore.errors import QEDError, RequestError, StorageError, UnsupportedError
 from qedcore.maintenance.rebase import change_name, open_base, rebase
+from qedcore.storage.file import FileStorage
 
 CS = 4 * KiB
 SMALL = {"cluster_size": CS, "table_size": 1}
@@ -44,6 +45,38 @@ def rebased(path: Path, name: str | None, format: str | None = "raw", **options:
             rebase(image, name, new, format == "raw")
         finally:
             close_source(new)
+
+
+class Counting(FileStorage):
+    """Counts what is read, in bytes."""
+
+    read = 0
+
+    def pread_into(self, buf: Any, offset: int) -> None:
+        Counting.read += len(buf)
+        super().pread_into(buf, offset)
+
+
+@pytest.mark.parametrize("to", ["none", "another"])
+def test_holes_are_not_read(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    """What it takes grows with the data below, not with the device."""
+    size, at = 64 * GiB, 40 * GiB
+    for name in ("old", "another"):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(size)
+            file.seek(at)
+            file.write(stamp(1 if name == "old" else 2, at, MiB))
+    path = image(size=size, layout="D", backing="old", no_probe=True).path
+    monkeypatch.setattr(Counting, "read", 0)
+
+    def opener(path: str, writable: bool, mode: Any) -> Counting:
+        return Counting(path, writable, mode)
+
+    rebased(path, None if to == "none" else to, opener=opener)
+    assert Counting.read < 8 * MiB
+    with qedcore.open_image(path, writable=False) as img:
+        assert_same(img.pread(MiB, at), stamp(1, at, MiB))
+        assert img.pread(MiB, at - MiB) == bytes(MiB)
 
 
 SIZES = {"equal": SIZE, "shorter": 5 * CS + 700, "longer": 40 * CS, "empty": 0, "a sector": 512, "odd": 7 * CS + 1}
