@@ -9,6 +9,7 @@ import argparse
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from ..engine.cluster_map import FOUND, ZERO
 from ..engine.image import QEDImage
@@ -18,7 +19,6 @@ from ..format.geometry import SECTOR, round_up
 from ..storage.copying import WINDOW, Copy, Piece, Target, read_piece
 from ..units import KiB
 from .creation import Options, is_device, new_file, plan_image
-from .foreign_image import ForeignImage, new_foreign_image, open_foreign_image
 from .images import EndPoint
 from .locate import Location, find_format, is_ours
 from .messages import notice
@@ -26,6 +26,9 @@ from .open import open_end_point
 from .options import sized
 from .progress import Progress, RateLimit
 from .qemu_img import option_words
+
+if TYPE_CHECKING:
+    from .foreign_image import ForeignImage
 
 _MAX_SPARSE = 16 << 20  # bytes
 _ZERO_UNIT = 4 * KiB  # bytes: of a raw file
@@ -166,6 +169,8 @@ def _open_source(args: argparse.Namespace, where: Location) -> EndPoint | Foreig
     format = find_format(where)
     if is_ours(where, format):
         return open_end_point(where, cache=args.source_cache, force_share=args.force_share)
+    from .foreign_image import open_foreign_image  # here and below, because it is rare, and takes its time
+
     return open_foreign_image(where, format, args.source_cache, args.force_share)
 
 
@@ -187,6 +192,8 @@ def convert(args: argparse.Namespace, places: list[Location], target: Location, 
         elif target.format in ("qed", "raw"):
             image, fresh = stack.enter_context(new_target(prefix, target, target.format, total, options, args.cache))
         else:
+            from .foreign_image import new_foreign_image
+
             words = option_words(o=",".join(args.options) or None, b=args.backing, F=args.backing_format)
             image, edge = stack.enter_context(new_foreign_image(prefix, target, total, words, args.cache))
             fresh = False

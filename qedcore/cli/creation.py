@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import ImageFormatError, RequestError
-from ..format.create import NewImage, plan
+from ..format.create import NewImage, plan, qemu_cannot_open
 from ..format.geometry import (
     DEFAULT_CLUSTER_SIZE,
     DEFAULT_TABLE_SIZE,
@@ -25,7 +24,7 @@ from ..storage.file_lock import LockedError
 from ..storage.replacing import CreateError, replacing
 from ..units import SizeRangeError, parse_qemu_size
 from .locate import Location, locate
-from .messages import PROGRAM, did_you_mean, open_reason
+from .messages import did_you_mean, notice, open_reason
 
 SAME_FILE = "{}: Error: Trying to create an image with the same filename as the backing file"
 
@@ -126,17 +125,6 @@ def check_geometry(name: str, cluster_size: int, table_size: int, size: int) -> 
         )
 
 
-def qemu_cannot_open(cluster_size: int, table_size: int, size: int) -> str | None:
-    """Why QEMU does not open an image of these sizes (bytes, clusters, bytes); None if it does."""
-    if table_size == 1:
-        return "with table_size=1"
-    # QEMU computes the largest size of a device in 64 bits, and nothing is left of it where that is 2^64.
-    limit = Geometry(cluster_size, table_size).max_image_size % 2**64
-    if size > limit:
-        return f"of {size} bytes with cluster_size={cluster_size} and table_size={table_size}"
-    return None
-
-
 def plan_image(options: Options, size: int, quiet: bool) -> NewImage:
     """Say what is to be made.  Raises RequestError, in qemu-img's words, unless such an image can be made."""
     name = options.name
@@ -158,9 +146,9 @@ def plan_image(options: Options, size: int, quiet: bool) -> NewImage:
         backing_file=backing,
         backing_fmt=options.values.get("backing_fmt"),
     )
-    reason = qemu_cannot_open(cluster_size, table_size, image.header.image_size)
-    if reason is not None:
-        print(f"{PROGRAM}: warning: QEMU cannot open images {reason}", file=sys.stderr)
+    warning = qemu_cannot_open(image.header)
+    if warning is not None:
+        notice(f"warning: {warning}")
     return image
 
 

@@ -27,6 +27,18 @@ class NewImage(NamedTuple):
             file.truncate(header.l1_table_offset + header.table_size * header.cluster_size)
 
 
+def qemu_cannot_open(header: Header) -> str | None:
+    """The line that says why QEMU does not open an image with this header, although it is valid; None if it does."""
+    if header.table_size == 1:
+        return "QEMU cannot open images with table_size=1"
+    # QEMU computes the largest size of a device in 64 bits, and nothing is left of it where that is 2^64.
+    limit = Geometry(header.cluster_size, header.table_size).max_image_size % 2**64
+    if header.image_size <= limit:
+        return None
+    sizes = f"cluster_size={header.cluster_size} and table_size={header.table_size}"
+    return f"QEMU cannot open images of more than {limit} bytes with {sizes}"
+
+
 def plan(
     size: int,
     *,

@@ -13,7 +13,7 @@ from ..engine.chain import close_source, open_source
 from ..engine.image import QEDImage
 from ..engine.in_flight import InFlight
 from ..errors import ImageFormatError, QEDError, RequestError, StorageError
-from ..format.create import create
+from ..format.create import create, qemu_cannot_open
 from ..format.geometry import SECTOR, Geometry, round_up
 from ..format.header import HEADER_BYTES, MAGIC, Header
 from ..locks import Rank, ranked_lock
@@ -104,6 +104,9 @@ class OneImage:
                 return False
             raise
         self._parameters.log(f"{self._path}: created: {describe(header)}")
+        warning = qemu_cannot_open(header)
+        if warning is not None:
+            self._parameters.log(f"{self._path}: warning: {warning}")
         return True
 
     def _check_new(self, path: str) -> None:

@@ -385,11 +385,29 @@ def test_create_says_which_format_the_backing_file_has(shared: Path, qed: Run) -
     assert found.err == as_qed(expected.err) + "\n"  # which qemu-img forgets
 
 
-def test_create_warns_of_table_size_1(tmp_path: Path, qed: Run) -> None:
-    found = qed("create", "-o", "table_size=1", "x.qed", "1M", cwd=tmp_path)
-    assert found.rc == 0 and "warning: QEMU cannot open" in found.err
-    assert qed("info", "x.qed", cwd=tmp_path).rc == 0
-    assert qemu_img("info", "x.qed", cwd=tmp_path).rc == 1  # B3
+@pytest.mark.parametrize("command", ["create -o {} x.qed 1M", "convert -O qed -o {} hole.raw x.qed"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "table_size=1",
+        "table_size=2",
+        "cluster_size=2M",
+        "cluster_size=2M,table_size=8",
+        "cluster_size=2M,table_size=16",
+        "cluster_size=4M",
+        "cluster_size=4M,table_size=2",
+        "cluster_size=64M,table_size=16",
+    ],
+)
+def test_warned_of_what_qemu_cannot_open(tmp_path: Path, qed: Run, options: str, command: str) -> None:
+    (tmp_path / "hole.raw").touch()
+    os.truncate(tmp_path / "hole.raw", MiB)
+    found = qed(*command.format(options).split(), cwd=tmp_path)
+    assert found.rc == 0 and qed("info", "x.qed", cwd=tmp_path).rc == 0
+    if qemu_img("info", "x.qed", cwd=tmp_path).rc:  # B3
+        assert found.err.startswith("qed: warning: QEMU cannot open images ")
+    else:
+        assert found.err == ""
 
 
 def test_create_keeps_permissions(both: tuple[Path, Path], qed: Run) -> None:

@@ -37,6 +37,13 @@ def test_a_new_image(tmp_path: Path, serve: Serve) -> None:
     assert os.listdir(tmp_path) == ["new.qed"]  # no temporary file is left
 
 
+def test_what_qemu_cannot_open(tmp_path: Path, serve: Serve) -> None:
+    path = tmp_path / "new.qed"
+    server = serve(path, create="true", size="1G", cluster_size="4M")
+    assert f"qed: {path}: warning: QEMU cannot open images " in server.log()
+    server.stop()
+
+
 def test_all_options(tmp_path: Path, serve: Serve) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "base.raw").write_bytes(stamp(9, 0, 3 * MiB))
