@@ -1,31 +1,32 @@
 """Histories: the engine under guests and maintenance, recorded; and what every crash of one must leave.
 
 record():  threads of guest requests | maintenance | threads ... | close      -> a World's log, and the guest's view
-check():   each state that a crash may leave: the engine opens and repairs it, and the guest looks
+check():   each state that a crash may leave: the engine opens and repairs it, and the guest looks; in some it writes
+           before it looks, closes the image, and looks again at the next opening, and no space is lost
 """
 
 from __future__ import annotations
 
+import copy
 import errno
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from crash.guest import SECTOR, Choice, GuestModel, Violation
 from crash.schedule import Scheduler
-from support.crashes import State, World
-from support.qed_image import ImageSpec, QedFile, assert_sound, build
+from support.crashes import FILE, Medium, Op, State, World
+from support.qed_image import ImageSpec, QedFile, build
 from unit.fakes import MemoryStorage
 
-from qedcore.check.scan import Damage, Scan
+from qedcore.check.image_end import as_file
 from qedcore.engine import allocator
 from qedcore.engine.chain import open_image
 from qedcore.engine.image import DEFAULT_L2_CACHE, QEDImage
-from qedcore.errors import QEDError, StorageError
-from qedcore.format.header import FEATURE_NEED_CHECK
+from qedcore.errors import CorruptImageError, QEDError, StorageError
 from qedcore.maintenance import compact
 from qedcore.maintenance.repair import Repair
 from qedcore.maintenance.tidy import tidy
@@ -38,6 +39,8 @@ IMAGE = "image.qed"
 _DEEP = 4  # one state in so many is written to and closed, too
 _AGAIN = 24  # in one of so many the repair crashes as well
 _AGAIN_STATES = 6
+UNREADABLE = b"unreadable"  # what a sector shows whose entry is impossible
+_CAPACITY = 1 << 20  # bytes behind the image in a storage whose size is fixed
 
 
 class Shape(NamedTuple):
@@ -72,13 +75,31 @@ def stamp(tag: int, sector: int) -> bytes:
     return (tag << 32 | sector + 1).to_bytes(8, "little") * (SECTOR // 8)
 
 
+class Disk(MemoryStorage):
+    """A storage of a Medium."""
+
+    def __init__(self, data: bytes | bytearray, medium: Medium = FILE) -> None:
+        super().__init__(name=IMAGE)
+        self.data = data if isinstance(data, bytearray) else bytearray(data)
+        self.fixed_size = medium.fixed
+        self._medium = medium
+
+    def truncate(self, size: int) -> None:
+        self._medium.check(self.size(), size)
+        super().truncate(size)
+
+    def punch(self, offset: int, length: int) -> bool:
+        return self._medium.holes and super().punch(offset, length)
+
+
 class Setup:
     """An image to crash: its first content, its backing file, and how to open a state of it."""
 
-    def __init__(self, directory: Path, shape: Shape, backing: bool, **spec: Any) -> None:
+    def __init__(self, directory: Path, shape: Shape, backing: bool, *, medium: Medium = FILE, **spec: Any) -> None:
         self.shape = shape
         self.sectors = shape.size // SECTOR
         self.backing = backing
+        self.medium = medium
         self.base = MemoryStorage(b"".join(stamp(0xBA5E, s) for s in range(shape.backing_size // SECTOR)), "base")
         (directory / "base").write_bytes(self.base.data)
         if backing:
@@ -91,23 +112,74 @@ class Setup:
             ImageSpec(cluster_size=shape.cluster_size, table_size=shape.table_size, size=shape.size, **spec),
         )
         self.path = Path(built.path)
-        self.first = self.path.read_bytes()
         self.scratch = directory / "state.qed"
-        self._initial: dict[int, bytes] = {}  # cluster -> content, of those that were asked for
+        self.watched: frozenset[int] = frozenset()  # sectors to look at, whatever else happens to them
+        content = self.path.read_bytes()
+        if medium.fixed:  # what was there before: anything, also what looks like tables
+            content += (content[shape.cluster_size :] * (1 + _CAPACITY // len(content)))[:_CAPACITY]
+            self.path.write_bytes(content)
+        self._begin(content)
 
-    def initial(self, sector: int) -> bytes:
-        """As the independent reader sees it."""
+    def _begin(self, content: bytes) -> None:
+        self.first = content
+        self._initial: dict[int, tuple[bytes, bool]] = {}  # cluster -> content, and whether it is lost
+        with QedFile(self.path) as image:
+            self.damaged = bool(image.verify().impossible)
+
+    def after(self, content: bytes, watched: Iterable[int]) -> Setup:
+        """The image as one life has left it, for the next; `watched` are sectors that were in use."""
+        setup = copy.copy(self)
+        setup.path = self.path.with_name(f"{self.path.stem}+.qed")
+        setup.path.write_bytes(content)
+        setup.watched = self.watched | frozenset(watched)
+        setup._begin(bytes(content))
+        return setup
+
+    def initial(self, sector: int) -> list[bytes]:
+        """What the guest may find, as the independent reader sees it.
+
+        Where an entry is impossible that is nothing, or what would be there without it: never anything else.
+        """
         cluster, at = divmod(sector * SECTOR, self.shape.cluster_size)
         if cluster not in self._initial:
+            pos, size = cluster * self.shape.cluster_size, self.shape.cluster_size
             with QedFile(self.path) as image:
-                self._initial[cluster] = image.read(cluster * self.shape.cluster_size, self.shape.cluster_size)
-        return self._initial[cluster][at : at + SECTOR]
+                lost = image.is_lost(cluster)
+                content = image.backing()(pos, size) if lost else image.read(pos, size)
+                self._initial[cluster] = content, lost
+        content, lost = self._initial[cluster]
+        value = content[at : at + SECTOR]
+        return [value, bytes(SECTOR), UNREADABLE] if lost else [value]
 
     def open(self, storage: Storage, writable: bool = True, l2_cache: int = DEFAULT_L2_CACHE) -> QEDImage:
         def opener(path: str, writable: bool, mode: CacheMode) -> Storage:
             return storage if path == IMAGE else self.base
 
         return open_image(IMAGE, writable, opener=opener, l2_cache=l2_cache)
+
+    @staticmethod
+    def as_file(storage: Storage) -> Storage:
+        """As what is not an open image wants it."""
+        return as_file(storage, writable=True)
+
+    def disk(self, content: bytes | bytearray) -> Disk:
+        return Disk(content, self.medium)
+
+    def judge(self, content: bytes | bytearray, name: str, space: bool = True) -> None:
+        """The independent verifier on a closed image: sound, clean, without leaks if `space`.  Raises Violation."""
+        self.scratch.write_bytes(content)
+        with QedFile(self.scratch) as image:
+            report = image.verify()
+            last = max(image.in_use(), default=0)
+        if len(report.impossible) < len(report.errors) or (report.errors and not self.damaged):
+            raise Violation(f"{name}: {report.errors[:3]}")
+        if report.need_check:
+            raise Violation(f"{name}: not clean after a clean close")
+        # No leak is what follows the last whole cluster; nor, where the size is fixed, the last one in use.
+        end = last if self.medium.fixed else len(content) // self.shape.cluster_size
+        leaks = [cluster for cluster in report.leaks if cluster < end]
+        if space and leaks:
+            raise Violation(f"{name}: clusters {leaks[:5]} leak, {len(leaks)} in all")
 
     def hot(self, rng: random.Random) -> list[int]:
         """Sectors where guests like to write: around the borders of clusters, tables and files."""
@@ -150,8 +222,9 @@ class History:
     """What was done to an image, and what its guest was told: (ops before it, a method of GuestModel, arguments)."""
 
     def __init__(self, setup: Setup) -> None:
-        self.world = World(files={IMAGE: setup.first})
+        self.world = World(files={IMAGE: setup.first}, medium=setup.medium)
         self.model = GuestModel(setup.initial, setup.sectors)
+        self.model.watch(setup.watched)
         self.events: list[tuple[int, str, tuple[Any, ...]]] = []
 
     def tell(self, method: str, *args: Any) -> Any:
@@ -184,7 +257,8 @@ class Guest:
         tags: Iterator[int],
         may_fail: bool = False,
     ) -> None:
-        self.may_fail = may_fail
+        # What the guest bears: the storage fails, or an entry is impossible.
+        self._bears = (StorageError,) * may_fail + (CorruptImageError,) * setup.damaged
         self._setup = setup
         self._tell = history.tell
         self._model = history.model
@@ -192,6 +266,7 @@ class Guest:
         self._rng = rng
         self._tags = tags
         self._hot = setup.hot(rng)
+        self.failed = 0  # changes
 
     def run(self, requests: int, mix: Sequence[int]) -> None:
         kinds = (self._write, self._zero, self._trim, self._flush, self._read, self._idle)
@@ -230,7 +305,10 @@ class Guest:
         request = lambda: self._image.trim(first * SECTOR, n * SECTOR, fua)  # noqa: E731
         write = self._change(first, bytes(n * SECTOR), False, fua, request)
         if write is not None and self._model.alone(write):
-            found = self._image.pread(n * SECTOR, first * SECTOR)
+            try:
+                found = self._image.pread(n * SECTOR, first * SECTOR)
+            except self._bears:
+                return
             if self._model.alone(write):
                 self._tell("settle", write, found, fua)
 
@@ -239,10 +317,9 @@ class Guest:
         write: int = self._tell("begin", first, data, certain)
         try:
             request()
-        except StorageError:
-            if not self.may_fail:
-                raise
+        except self._bears:
             self._tell("fail", write)
+            self.failed += 1
             return None
         self._tell("end_fua" if fua else "end", write)
         return write
@@ -251,25 +328,22 @@ class Guest:
         began = self._tell("begin_flush")
         try:
             self._image.flush()
-        except StorageError:
-            if not self.may_fail:
-                raise
+        except self._bears:
+            pass
         else:
             self._tell("end_flush", began)
 
     def _read(self) -> None:
         first, n = self._range((1, 8, 30))
         read = self._model.begin_read(range(first, first + n))
-        self._model.check_read(read, self._image.pread(n * SECTOR, first * SECTOR))
+        with suppress(*self._bears):
+            self._model.check_read(read, self._image.pread(n * SECTOR, first * SECTOR))
 
     def _idle(self) -> None:
         """The timer fires."""
         assert self._image._gate is not None
-        try:
+        with suppress(*self._bears):
             self._image._gate.clear()
-        except StorageError:
-            if not self.may_fail:
-                raise
 
 
 def record(
@@ -284,9 +358,9 @@ def record(
 ) -> History:
     """Run guests, `requests` of each thread in each phase, with maintenance between.  Raises Violation.
 
-    `share` is the Scheduler's.  `errors` is the share of the changes and flushes of the file that fail while guests
-    run or the image is closed: half of them have been done all the same.  What was written may be given up when a
-    flush fails.
+    `share` is the Scheduler's.  `errors` is the share of the changes, flushes and reads of the file that fail while
+    guests run or the image is closed: of the changes some have been done all the same, or in part.  What was written
+    may be given up when a flush fails.
     """
     history = History(setup)
     world = history.world
@@ -295,9 +369,15 @@ def record(
     tags = iter(range(1, 1 << 32))
     armed = False
 
-    def fail(number: int) -> None:
+    def fail(number: int = 0) -> None:
         if armed and rng.random() < errors / 2:
             raise StorageError("injected", code=rng.choice((errno.EIO, errno.ENOSPC)))
+
+    def shorten(op: Op) -> Op | None:
+        """Some of the sectors were written, then it failed."""
+        if op.data and armed and rng.random() < errors / 2:
+            return op._replace(data=op.data[: rng.randrange(len(op.data)) // SECTOR * SECTOR])
+        return None
 
     given_up = False
 
@@ -309,6 +389,8 @@ def record(
 
     if errors:
         world.before = world.after = fail
+        world.before_read = fail
+        world.shorten = shorten
         world.flush_failed = give_up
 
     def look_again() -> None:
@@ -330,7 +412,8 @@ def record(
         try:
             try:
                 if rng.random() < 0.7:
-                    tidy(image)
+                    with suppress(*(CorruptImageError,) * setup.damaged):
+                        tidy(image)
             finally:
                 image.close()
         except StorageError:
@@ -357,27 +440,36 @@ def record(
                 elif todo != "nothing":
                     close(image)
                     if todo != "reopen":
-                        Repair(world.open(IMAGE, True, CacheMode())).run(everything=todo == "all")
+                        Repair(setup.as_file(world.open(IMAGE, True, CacheMode()))).run(everything=todo == "all")
                     image = reopened()
             guests = [Guest(setup, history, image, rng, tags, errors > 0) for _ in range(threads)]
             armed = True
             scheduler.run([lambda guest=guest: guest.run(requests, mix) for guest in guests])  # type: ignore[misc]
             armed = False
         close(image)
-    left = MemoryStorage(world.files[IMAGE])
+    left = setup.disk(world.files[IMAGE])
     if errors:
         setup.open(left).close()  # which repairs it, if need be
-    setup.scratch.write_bytes(left.data)
-    assert_sound(setup.scratch, leaks=None)
+    setup.judge(left.data, "closed", space=False)
     _compare(setup.open(left, writable=False), history.model.after_kill, "closed")
     return history
 
 
 def check(
-    setup: Setup, history: History, rng: random.Random, subsets: int = 4, limit: int = 1 << 62, part: float = 1.0
+    setup: Setup,
+    history: History,
+    rng: random.Random,
+    subsets: int = 4,
+    limit: int = 1 << 62,
+    part: float = 1.0,
+    keep: list[State] | None = None,
 ) -> int:
-    """Look at this part of the states that crashes may leave, `limit` at most; how many.  Raises Violation."""
+    """Look at this part of the states that crashes may leave, `limit` at most; how many.  Raises Violation.
+
+    One of them, any, is put into `keep`.
+    """
     model = GuestModel(setup.initial, setup.sectors)
+    model.watch(setup.watched)
     events = iter([*history.events, (1 << 62, "", ())])
     ops, method, args = next(events)
     states = 0
@@ -386,6 +478,8 @@ def check(
             while ops <= state.ops:
                 getattr(model, method)(*args)
                 ops, method, args = next(events)
+            if keep is not None and rng.randrange(states + 1) == 0:
+                keep[:] = [state._replace(files={path: bytearray(data) for path, data in state.files.items()})]
             states += _check_state(setup, state, model.after_kill if state.whole else model.after_crash, rng)
             if states >= limit:
                 break
@@ -407,7 +501,7 @@ def _check_state(setup: Setup, state: State, choices: Mapping[int, list[Choice]]
 
 def _crashes_of_recovery(setup: Setup, state: State, rng: random.Random) -> list[State]:
     """Some states that a crash during the opening of this state may leave."""
-    world = World(files={IMAGE: bytes(state.files[IMAGE])})
+    world = World(files={IMAGE: bytes(state.files[IMAGE])}, medium=setup.medium)
     setup.open(world.open(IMAGE, True, CacheMode()))
     states = list(world.crash_states(rng))
     chosen = rng.sample(states, min(_AGAIN_STATES, len(states)))
@@ -415,38 +509,42 @@ def _crashes_of_recovery(setup: Setup, state: State, rng: random.Random) -> list
 
 
 def _check_open(setup: Setup, state: State, choices: Mapping[int, list[Choice]], rng: random.Random) -> None:
-    """Open a state as a user would and compare; sometimes write to it, compare again, and close it."""
-    storage = MemoryStorage()
-    storage.data = state.files[IMAGE]
-    image = setup.open(storage)
-    _compare(image, choices, state.name)
+    """Open a state as a user would and compare; or use it first, and compare then and at the next opening."""
+    disk = setup.disk(state.files[IMAGE])
+    image = setup.open(disk)
     if rng.randrange(_DEEP):
+        _compare(image, choices, state.name)
         return
-    # New allocations must not land on anything that is in use.
-    runs = _runs(choices)
-    before = [bytearray(image.pread(len(run) * SECTOR, run.start * SECTOR)) for run in runs]
-    for tag in range(3):
+    look_first = rng.random() < 0.5
+    if look_first:
+        _compare(image, choices, state.name)
+    # New allocations must not land on anything that is in use, nor on what nobody has looked at yet.
+    expected: dict[int, list[Choice]] = dict(choices)
+    bears = (CorruptImageError,) * setup.damaged
+    for tag in range(rng.choice((1, 3, 12))):
         sector = rng.randrange(setup.sectors)
-        image.pwrite(stamp(0xF00 + tag, sector), sector * SECTOR)
-        for run, content in zip(runs, before):
-            if sector in run:
-                at = (sector - run.start) * SECTOR
-                content[at : at + SECTOR] = stamp(0xF00 + tag, sector)
-    for run, content in zip(runs, before):
-        if image.pread(len(content), run.start * SECTOR) != content:
-            raise Violation(f"{state.name}: sectors {run} changed when others were written after the crash")
+        value = stamp(0xF00 + tag, sector)
+        try:
+            image.pwrite(value, sector * SECTOR)
+        except bears:
+            continue
+        if sector in expected:
+            expected[sector] = [(value, expected[sector][0][1])]
+    _compare(image, expected, f"{state.name}; written to after the crash")
+    shown = dict(_show(image, expected))
+    _close_as_the_server_does(image, bears)
+    setup.judge(disk.data, f"{state.name}; opened, closed")
+    again = setup.open(disk, writable=rng.random() < 0.5)
+    for sector, value in _show(again, expected):
+        if value != shown[sector]:
+            raise Violation(f"{state.name}; opened, closed, opened: sector {sector} has changed")
+    again.close()
+
+
+def _close_as_the_server_does(image: QEDImage, bears: tuple[type[QEDError], ...]) -> None:
+    with suppress(*bears):
+        tidy(image)
     image.close()
-    if image.header.features & FEATURE_NEED_CHECK:
-        raise Violation(f"{state.name}: not clean after a clean close")
-    damage: list[Damage] = []
-    # Leaks in the middle of the file are allowed: later entries may survive earlier ones.
-    scan(image, damage.append)
-    if damage:
-        raise Violation(f"{state.name}: {[str(found) for found in damage]}")
-
-
-def scan(image: QEDImage, report: Callable[[Damage], None]) -> None:
-    Scan(image.storage, image.geometry, image._bounds, image.header.l1_table_offset, report=report).run()
 
 
 def _runs(sectors: Iterable[int]) -> list[range]:
@@ -460,13 +558,25 @@ def _runs(sectors: Iterable[int]) -> list[range]:
     return runs
 
 
-def _compare(image: QEDImage, choices: Mapping[int, list[Choice]], name: str) -> None:
-    for run in _runs(choices):
-        found = image.pread(len(run) * SECTOR, run.start * SECTOR)
-        for i, sector in enumerate(run):
-            value = found[i * SECTOR : (i + 1) * SECTOR]
-            for choice, _ in choices[sector]:
-                if choice == value:
-                    break
+def _show(image: QEDImage, sectors: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    """(sector, content) of each; UNREADABLE where an entry is impossible."""
+    per_cluster = image.geometry.cluster_size // SECTOR
+    for run in _runs(sectors):
+        try:
+            found = image.pread(len(run) * SECTOR, run.start * SECTOR)
+        except CorruptImageError:
+            if len(run) == 1 or run.start // per_cluster == (run.stop - 1) // per_cluster:
+                yield from ((sector, UNREADABLE) for sector in run)
             else:
-                raise Violation(f"{name}: sector {sector} holds {value.lstrip(bytes(1))[:8].hex()}, which it may not")
+                border = (run.start // per_cluster + 1) * per_cluster
+                yield from _show(image, range(run.start, border))
+                yield from _show(image, range(border, run.stop))
+        else:
+            for i, sector in enumerate(run):
+                yield sector, found[i * SECTOR : (i + 1) * SECTOR]
+
+
+def _compare(image: QEDImage, choices: Mapping[int, list[Choice]], name: str) -> None:
+    for sector, value in _show(image, choices):
+        if not any(value == choice for choice, _ in choices[sector]):
+            raise Violation(f"{name}: sector {sector} holds {value.lstrip(bytes(1))[:8].hex()}, which it may not")

@@ -7,7 +7,7 @@ read:   as after a kill when the read begins, and what was written meanwhile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 SECTOR = 512  # bytes
@@ -40,12 +40,12 @@ class Read(NamedTuple):
 
 
 class GuestModel:
-    """`initial(sector)` is a sector's content before the first write, of `size` sectors.  One thread at a time.
+    """`initial(sector)` is what a sector may hold before the first write, of `size` sectors.  One thread at a time.
 
     Writes are known by their number.
     """
 
-    def __init__(self, initial: Callable[[int], bytes], size: int) -> None:
+    def __init__(self, initial: Callable[[int], Sequence[bytes]], size: int) -> None:
         self._initial = initial
         self._size = size
         self._clock = 0
@@ -60,17 +60,17 @@ class GuestModel:
         self._clock += 1
         return self._clock
 
-    def _know(self, sectors: Iterable[int]) -> None:
-        """Watch these sectors, too."""
+    def watch(self, sectors: Iterable[int]) -> None:
+        """Also look at these, which nobody may write."""
         for sector in sectors:
             if sector not in self.after_crash and 0 <= sector < self._size:
-                self.after_crash[sector] = [(self._initial(sector), self._before)]
+                self.after_crash[sector] = [(value, self._before) for value in self._initial(sector)]
                 self.after_kill[sector] = list(self.after_crash[sector])
 
     def begin(self, first: int, data: bytes, certain: bool = True) -> int:
         """A write is issued; if not `certain` it may do nothing in some sectors."""
         values = {first + i: data[i * SECTOR : (i + 1) * SECTOR] for i in range(len(data) // SECTOR)}
-        self._know(range(first - 1, first + len(values) + 1))  # with its neighbours
+        self.watch(range(first - 1, first + len(values) + 1))  # with its neighbours
         write = Write(self._tick(), values, certain)
         self._writes.append(write)
         self._undurable.append(write)
@@ -99,6 +99,16 @@ class GuestModel:
                 shown = self.after_kill[sector]
                 shown += [choice for choice in self.after_crash[sector] if choice not in shown]
 
+    def lose_by_server(self) -> None:
+        """The server of the file is gone, with some of what is not durable; whoever wrote it will write it again.
+
+        Until then, the death of that program shows it.
+        """
+        for write in self._undurable:
+            for sector in write.values:
+                shown = self.after_kill[sector]
+                shown += [choice for choice in self.after_crash[sector] if choice not in shown]
+
     def begin_flush(self) -> int:
         return self._tick()
 
@@ -107,6 +117,7 @@ class GuestModel:
         for write in self._undurable:
             if write.ended < began and write.certain:
                 self._replace(self.after_crash, write)
+                self._replace(self.after_kill, write)
         self._undurable = [write for write in self._undurable if write.ended >= began]
 
     def end_fua(self, number: int) -> None:
@@ -146,7 +157,7 @@ class GuestModel:
             choices[sector] = [choice for choice in choices[sector] if choice[1].ended >= write.began]
 
     def begin_read(self, sectors: range) -> Read:
-        self._know(sectors)
+        self.watch(sectors)
         return Read(sectors, self._clock, [list(self.after_kill[sector]) for sector in sectors])
 
     def check_read(self, read: Read, found: bytes) -> None:

@@ -9,10 +9,13 @@ growth and truncation kept or lost; holes punched or not.
 
 When a flush fails, the system may give up some of the writes: they can be read until the cache is dropped, but no
 later flush writes them (Linux does so).
+
+A Medium says what kind of storage the disk is to the engine.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +30,21 @@ from support.qed_image import QedFile
 
 GRANULES = (512, 4096)  # bytes that a disk writes as a whole: old and new ones
 Files = dict[str, bytes]  # path -> content
+
+
+class Medium(NamedTuple):
+    """What a storage can do."""
+
+    fixed: bool = False  # a block device or an export: its size cannot be changed
+    holes: bool = True  # it can punch holes
+
+    def check(self, size: int, end: int) -> None:
+        """Raises StorageError if a storage of `size` bytes cannot be made longer, up to `end`, or be cut there."""
+        if self.fixed and end != size:
+            raise StorageError("fixed size", code=errno.ENOSPC)
+
+
+FILE = Medium()
 
 
 class Op(NamedTuple):
@@ -81,15 +99,19 @@ class World:
     """Some files; `open` is an opener for open_image.
 
     `before` and `after` run around each op and may raise; `flush_failed` runs when `before` has raised for a flush.
+    `before_read` runs before each read, and may raise; `shorten` tells what is done of an op that then fails.
     `pause` runs before each call, and while a flush is under way: other threads may go on there.
     """
 
-    def __init__(self, *paths: Path, files: Files | None = None) -> None:
+    def __init__(self, *paths: Path, files: Files | None = None, medium: Medium = FILE) -> None:
+        self.medium = medium
         self.start: Files = files if files is not None else {str(path): path.read_bytes() for path in paths}
         self.files = {path: bytearray(content) for path, content in self.start.items()}
         self.log: list[Op] = []
         self.before: Callable[[int], None] = lambda number: None
         self.after: Callable[[int], None] = lambda number: None
+        self.before_read: Callable[[], None] = lambda: None
+        self.shorten: Callable[[Op], Op | None] = lambda op: None
         self.flush_failed: Callable[[str], None] = lambda path: None
         self.pause: Callable[[], None] = lambda: None
 
@@ -107,8 +129,11 @@ class World:
         if op.is_flush:
             op = op._replace(covers=len(self.log))
             self.pause()
-        self.log.append(op)
-        op.apply(self.files)
+        part = self.shorten(op)
+        self.log.append(op if part is None else part)
+        self.log[-1].apply(self.files)
+        if part is not None:
+            raise StorageError("injected, half done", code=errno.EIO)
         self.after(len(self.log) - 1)
 
     def stop_at(self, number: int, error: BaseException, dead: bool = False) -> None:
@@ -239,10 +264,9 @@ def _survivors(ops: list[Op], granule: int, share: float, growth: float, rng: ra
 class RecordedFile:
     """A Storage in a World."""
 
-    fixed_size = False
-
     def __init__(self, world: World, path: str, writable: bool) -> None:
         self.name = path
+        self.fixed_size = world.medium.fixed
         self._world = world
         self._writable = writable
         if path not in world.files:
@@ -253,12 +277,14 @@ class RecordedFile:
 
     def pread_into(self, buf: Any, offset: int) -> None:
         self._world.pause()
+        self._world.before_read()
         view = memoryview(buf).cast("B")
         part = self._world.files[self.name][offset : offset + len(view)]
         view[:] = bytes(part) + bytes(len(view) - len(part))
 
     def pwrite(self, buf: Any, offset: int) -> None:
         assert self._writable, f"{self.name} was opened read-only"
+        self._world.medium.check(self.size(), max(self.size(), offset + len(buf)))
         self._world.do(Op(self.name, offset, bytes(buf)))
 
     def pwritev(self, bufs: Sequence[Any], offset: int) -> None:
@@ -266,9 +292,12 @@ class RecordedFile:
 
     def truncate(self, size: int) -> None:
         assert self._writable
+        self._world.medium.check(self.size(), size)
         self._world.do(Op(self.name, size=size))
 
     def punch(self, offset: int, length: int) -> bool:
+        if not self._world.medium.holes:
+            return False
         self._world.do(Op(self.name, offset, bytes(length)))
         return True
 
