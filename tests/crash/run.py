@@ -1,4 +1,4 @@
-"""make crash: as many crash states as asked for, of random histories, and some of real servers.
+"""make crash: as many crash states as asked for, of random histories of all kinds, and some of real servers.
 
 A history is known by the seed and its number, and is the same whenever it is run again.
 """
@@ -21,16 +21,20 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["QEDCORE_CHECK_LOCKS"] = "1"
 
+from crash.commands import COMMANDS, Case  # noqa: E402
+from crash.damage import Damaged  # noqa: E402
 from crash.engine import LIMITS, MIX, SHAPES, History, Setup, check, record  # noqa: E402
+from crash.exports import record_export  # noqa: E402
 from crash.offline import KINDS, Offline  # noqa: E402
+from crash.sessions import MEDIA, play  # noqa: E402
 from crash.syscalls import Recording  # noqa: E402
+from support.crashes import Medium  # noqa: E402
 from support.tools import changed_plugin, scratch  # noqa: E402
 
 from qedcore.errors import QEDError  # noqa: E402
 
 _LIMIT = 4000  # states of one history
 _WEIGHTS = {"4K/1": 30, "4K/2": 30, "4K/4": 15, "64K/1": 8}  # of shapes; the others take long to look at
-_OFFLINE = 0.1  # part of the histories
 _GROWTH_STEP = 64 << 10  # bytes: smaller files are looked at faster
 
 
@@ -41,9 +45,11 @@ def run(seed: str, number: int) -> Result:
     """One history."""
     rng = random.Random(f"{seed}/{number}")
     with tempfile.TemporaryDirectory(prefix="qed-crash-", dir=scratch()) as directory:
-        if rng.random() < _OFFLINE:
-            return offline(Path(directory), rng)
-        return online(Path(directory), rng)
+        kind = rng.choices(list(KINDS_OF_HISTORIES), list(KINDS_OF_HISTORIES.values()))[0]
+        try:
+            return kind(Path(directory), rng)
+        except (AssertionError, QEDError) as error:
+            return 0, kind.__name__, str(error) or repr(error)
 
 
 def online(directory: Path, rng: random.Random) -> Result:
@@ -54,12 +60,14 @@ def online(directory: Path, rng: random.Random) -> Result:
     share = rng.choice((0.0, 0.01, 0.1, 0.3))
     mix = rng.choice((MIX, (60, 10, 5, 5, 0, 20), (30, 10, 25, 15, 20, 5), (40, 0, 20, 10, 0, 30)))
     errors = rng.choice((0.0, 0.0, 0.01, 0.1))
+    medium = rng.choice(MEDIA)
     what = (
         f"{name}, {'' if backing else 'no '}backing file, {phases} phases of {threads} threads with {requests} "
-        f"requests each, switching in {share:.0%} of the places, {errors:.0%} of the changes fail"
+        f"requests each, switching in {share:.0%} of the places, {errors:.0%} of the calls fail, {medium}"
     )
     try:
-        setup = Setup(directory, SHAPES[name], backing, trailing=trailing)
+        spec = {} if medium.fixed else {"trailing": trailing}
+        setup = Setup(directory, SHAPES[name], backing, medium=medium, **spec)
         history = record(setup, rng, threads, requests, phases, share, mix, errors)
         return check(setup, history, rng, limit=4 * LIMITS.get(name, _LIMIT // 4)), what, ""
     except (AssertionError, QEDError) as error:
@@ -74,6 +82,40 @@ def offline(directory: Path, rng: random.Random) -> Result:
         return case.check(subsets=4), what, ""
     except (AssertionError, QEDError) as error:
         return 0, what, str(error) or repr(error)
+
+
+def sessions(directory: Path, rng: random.Random) -> Result:
+    """Several openings, by the engine, QEMU and commands."""
+    return play(directory, rng), "sessions", ""
+
+
+def commands(directory: Path, rng: random.Random) -> Result:
+    name = rng.choice(list(COMMANDS))
+    Case(directory, rng, name).run()
+    return 1, name, ""
+
+
+def damaged(directory: Path, rng: random.Random) -> Result:
+    return 1, Damaged(directory, rng).run(), ""
+
+
+def exported(directory: Path, rng: random.Random) -> Result:
+    """An image on an NBD server."""
+    shape = rng.choice(("4K/1", "4K/1", "4K/2"))
+    setup = Setup(directory, SHAPES[shape], rng.random() < 0.5, medium=Medium(fixed=True))
+    history = record_export(setup, directory, rng)
+    return check(setup, history, rng, subsets=2, part=0.3, limit=_LIMIT // 4), f"exported, {shape}", ""
+
+
+# With their weights.
+KINDS_OF_HISTORIES: dict[Callable[[Path, random.Random], Result], int] = {
+    online: 40,
+    offline: 8,
+    sessions: 30,
+    commands: 10,
+    damaged: 6,
+    exported: 6,
+}
 
 
 def served(seed: str, number: int) -> Result:
