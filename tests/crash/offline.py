@@ -55,7 +55,12 @@ class Offline:
             features=F_NEED_CHECK if rng.random() < 0.2 else 0,
             **spec,
         )
-        build(self.path, self.spec)
+        built = build(self.path, self.spec)
+        with self.path.open("r+b") as file:  # some clusters of zeros, of which copies leave nothing but a hole
+            for offset in built.offsets.values():
+                if rng.random() < 0.2:
+                    file.seek(offset)
+                    file.write(bytes(CS))
         self.size = max(512, size + rng.choice((1, 5, 600)) * (CS if kind == "grow" else -CS) + 512)
 
     def _layout(self, size: int) -> dict[int, str]:

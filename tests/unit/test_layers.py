@@ -174,8 +174,6 @@ ELSEWHERE = {
     "maintenance.header_fit": "unit/maintenance/test_repair.py",
     "maintenance.layout": "unit/maintenance/test_compact.py",
     "maintenance.lost_tables": "unit/maintenance/test_repair.py",
-    "maintenance.move": "unit/maintenance/test_compact.py",
-    "maintenance.tidy": "unit/maintenance/test_compact.py",
     "server.thread_state": "plugin/test_thread_state.py",
     "storage.nbd_link": "unit/storage/test_nbd.py",
     "storage.nbd_requests": "unit/storage/test_nbd.py",

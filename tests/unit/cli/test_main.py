@@ -182,75 +182,6 @@ def test_table_size_of_1(tmp_path: Path) -> None:
     qed_ok("info", tmp_path / "x.qed")
 
 
-def shell(directory: Path, words: str, output: str) -> Done:
-    """A command whose descriptors a shell changes."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
-    argv = ["sh", "-c", f'"$@" {output}', "sh", sys.executable, "-m", "qedcore", *words.split()]
-    done = subprocess.run(argv, cwd=directory, env=env, capture_output=True, text=True, timeout=60, check=False)
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-LOST = {
-    ">/dev/full": "cannot write to standard output: No space left on device",
-    ">&-": "standard output is closed",
-    "<&- >&-": "standard output is closed",
-    "<&- >&- 2>&-": "",
-    ">/dev/full 2>/dev/full": "",
-}
-
-
-@pytest.mark.parametrize("output", LOST)
-@pytest.mark.parametrize("words, code", [("info x.qed", 1), ("compare x.qed x.qed", 2), ("check x.qed", 1)])
-def test_output_that_gets_lost(image: Image, tmp_path: Path, words: str, code: int, output: str) -> None:
-    """It is all that the command is for."""
-    image("x.qed")
-    said = f"qed: {LOST[output]}\n" if LOST[output] else ""
-    assert shell(tmp_path, words, output) == Done(code, "", said)
-
-
-WORK: dict[str, Callable[[Path], bool]] = {
-    "resize x.qed +1M": lambda place: read_header(place / "x.qed")["image_size"] == 2 * MiB,
-    "create new.qed 1M": lambda place: (place / "new.qed").exists(),
-    "convert -p x.qed new.raw": lambda place: (place / "new.raw").stat().st_size == MiB,
-    "compact x.qed": lambda place: (place / "x.qed").stat().st_size == 11 * 64 * KiB,
-    "check -r leaks x.qed": lambda place: (place / "x.qed").stat().st_size == 11 * 64 * KiB,
-}
-
-
-@pytest.mark.parametrize("output", [*LOST, "2>&-", "2>/dev/full"])
-@pytest.mark.parametrize("words", WORK)
-def test_work_whose_output_gets_lost(image: Image, tmp_path: Path, words: str, output: str) -> None:
-    """What is done does not look undone, and no image gets the number of a descriptor that others print to."""
-    path = image("x.qed", size=MiB, layout="DD", leaks=3).path
-    done = shell(tmp_path, words, output)
-    lost = LOST.get(output)
-    assert (done.rc, done.err) == (0, f"qed: {lost}; what was asked for is done\n" if lost else "")
-    assert WORK[words](tmp_path)
-    assert_sound(path, leaks=3)
-
-
-@pytest.mark.parametrize("output", ["", *LOST])
-def test_errors_are_told_all_the_same(tmp_path: Path, output: str) -> None:
-    done = shell(tmp_path, "info no.qed", output)
-    assert (done.rc, done.out) == (1, "")
-    assert done.err.startswith("qed: Could not open 'no.qed'") == ("2>" not in output)
-    assert done.err.count("\n") <= 1
-
-
-def test_notices_that_get_lost(image: Image, tmp_path: Path) -> None:
-    """They are no reason to stop."""
-    path = image("x.qed", size=MiB, layout="DD", features=F_NEED_CHECK).path
-    assert shell(tmp_path, "resize x.qed +1M", "2>/dev/full") == Done(0, "Image resized.\n", "")
-    assert_sound(path)
-
-
-def test_reader_that_leaves_work_alone(image: Image, tmp_path: Path) -> None:
-    image("x.qed", size=MiB, layout="DD")
-    done = shell(tmp_path, "convert -p x.qed new.raw", "| true")
-    assert done.err == ""
-    assert (tmp_path / "new.raw").stat().st_size == MiB
-
-
 def test_error_that_leaves_an_image_dirty(
     image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,29 +204,6 @@ def test_error_about_an_image_that_others_use(image: Image) -> None:
         img.pwrite(b"x", 10 * 64 * KiB)
         done = qed("resize", path, "+1M")
     assert done.rc == 1 and "lock" in done.err and "closed cleanly" not in done.err
-
-
-@pytest.mark.parametrize("words", ["--help", "check --help", "--version"])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_help_that_cannot_be_written(words: str, unbuffered: str) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
-    argv = [sys.executable, "-m", "qedcore", *words.split()]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(argv, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert done.stderr == f"qed: {LOST['>/dev/full']}\n"
-
-
-def test_closed_output(image: Image) -> None:
-    """A reader that goes away is no traceback."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    read, write = os.pipe()
-    os.close(read)
-    argv = [sys.executable, "-m", "qedcore", "info", str(image().path)]
-    done = subprocess.run(argv, env=env, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    os.close(write)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
