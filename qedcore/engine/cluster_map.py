@@ -12,19 +12,16 @@ I5. What is remembered of slices is dropped after each change of a table; who ha
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
 
 from ..errors import CorruptImageError, StorageError
 from ..format.geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
 from ..format.table import Table, TableIO, empty
-from ..format.table_runs import K_NOTHING, K_ZERO, Runs, kinds, runs_of_kinds, runs_of_two
+from ..format.table_runs import Runs
 from ..locks import KeyedLocks, Rank, ranked_lock
 from .census import Census
 from .l2_cache import L2Cache
 
-_SHORT = 32  # entries of a run that are compared one by one, before Runs pays
-_FEW = 8  # runs of a slice that are remembered
-_MAX_KNOWN = 8192  # slices whose runs are remembered: a megabyte or two
+SHORT = 32  # entries of a run that are compared one by one, before Runs pays
 
 
 class Kind(enum.IntEnum):
@@ -38,7 +35,6 @@ class Kind(enum.IntEnum):
 
 # In module scope: an enum member as a class attribute costs a look-up in hot code.
 FOUND, ZERO, NO_CLUSTER, NO_TABLE = Kind.FOUND, Kind.ZERO, Kind.L2, Kind.L1
-_KINDS = (NO_CLUSTER, ZERO, FOUND)  # by their names in runs.kinds()
 
 
 class ClusterMap:
@@ -53,19 +49,19 @@ class ClusterMap:
         self.cache = cache
         self.l1_offset = l1_offset  # bytes
         self.l1: Table = tables.read(l1_offset, geometry.l1_entries(image_size))  # as far as the device reaches
-        self._runs = Runs(geometry.cluster_size)
+        self.runs = Runs(geometry.cluster_size)
         self.l1_lock = ranked_lock(Rank.L1)
         self.table_locks = KeyedLocks(Rank.L2_TABLE)  # keyed by L1 index: a missing table has no offset yet
-        self._doubtful_l1: set[int] = set()  # indexes whose last write failed (I3)
+        self.doubtful_l1: set[int] = set()  # indexes whose last write failed (I3)
         self._touched = -1  # index of the slice that was used last, by any thread
-        self._known: dict[int, tuple[tuple[Kind, int], ...]] = {}  # slice index -> _few_runs (I5)
+        self.known_runs: dict[int, tuple[tuple[Kind, int], ...]] = {}  # by slice index, for Extents (I5)
 
     def reload(self, l1_offset: int, image_size: int) -> None:
         """Read the tables again: they were changed on disk or moved, or the device resized.  No request in flight."""
         self.l1_offset = l1_offset
         self.l1 = self.tables.read(l1_offset, self.geometry.l1_entries(image_size))
         self.cache.clear()
-        self._known = {}
+        self.known_runs = {}
 
     def mark(self, census: Census) -> None:
         """Dangling entries were marked on disk: mark those that are in memory, before the file grows (I4)."""
@@ -99,15 +95,15 @@ class ClusterMap:
             if last - index == 1:
                 return FOUND, first + into, length
             expected = first
-            for i in range(index + 1, min(last, index + _SHORT)):
+            for i in range(index + 1, min(last, index + SHORT)):
                 expected += geo.cluster_size
                 if table[i] != expected:
                     last = i
                     break
             else:
-                if last - index > _SHORT:
+                if last - index > SHORT:
                     expected += geo.cluster_size
-                    last = self._runs.end_of_run(table, index + _SHORT, last, expected)
+                    last = self.runs.end_of_run(table, index + SHORT, last, expected)
                     expected = first + ((last - index) << geo.l2_shift)
             if expected >= end:
                 # Only as far as the file goes; the next lookup reports the entry that is outside.
@@ -116,116 +112,14 @@ class ClusterMap:
         kind = NO_CLUSTER if first == UNALLOCATED else ZERO
         if last - index == 1:
             return kind, 0, length
-        for i in range(index + 1, min(last, index + _SHORT)):
+        for i in range(index + 1, min(last, index + SHORT)):
             if table[i] != first:
                 last = i
                 break
         else:
-            if last - index > _SHORT:
-                last = self._runs.end_of_same(table, index + _SHORT, last, first)
+            if last - index > SHORT:
+                last = self.runs.end_of_same(table, index + SHORT, last, first)
         return kind, 0, min(length, ((last - index) << geo.l2_shift) - into)
-
-    # What is said of the whole of a large image, again and again, is made here: slices of a few runs are known until
-    # anything is linked, and short runs come many at once, without a step of Python for each.
-
-    def kinds(self, pos: int, length: int, one: bool) -> Iterator[tuple[Kind, int]]:
-        """(kind, bytes) of the runs of a range: as lookup, but data need not be contiguous, and kinds may repeat.
-
-        With `one`, the caller wants no more than the first few.
-        """
-        end = pos + length
-        while pos < end:
-            run = self._long_run(pos, end - pos)
-            if run is None and one:
-                kind, _, n = self.lookup(pos, end - pos)
-                run = kind, n
-            if run is not None:
-                pos += run[1]
-                yield run
-                continue
-            kind, n, names = self._short_runs(pos, end - pos)
-            pos += n + (len(names) << self.geometry.l2_shift)
-            yield kind, n
-            for same in runs_of_kinds(names):
-                yield _KINDS[same[0]], len(same) << self.geometry.l2_shift
-
-    def data_and_zeros(self, pos: int, length: int) -> Iterator[tuple[Kind, list[int]]]:
-        """The same where nothing is below: (FOUND or ZERO, bytes of runs, alternately of that kind and the other)."""
-        end = pos + length
-        while pos < end:
-            run = self._long_run(pos, end - pos)
-            if run is not None:
-                pos += run[1]
-                yield FOUND if run[0] is FOUND else ZERO, [run[1]]
-                continue
-            kind, n, names = self._short_runs(pos, end - pos)
-            pos += n + (len(names) << self.geometry.l2_shift)
-            yield FOUND if kind is FOUND else ZERO, [n]
-            if names:
-                names = names.replace(K_NOTHING, K_ZERO)
-                sizes = map(self.geometry.cluster_size.__mul__, map(len, runs_of_two(names)))
-                yield _KINDS[names[0]], list(sizes)
-
-    def _long_run(self, pos: int, length: int) -> tuple[Kind, int] | None:
-        """The run at pos, in a gap or a slice of a few runs; None where runs are short."""
-        geo = self.geometry
-        l1_index = pos >> geo.l1_shift
-        if not self.l1[l1_index] and not self._doubtful_l1:
-            return NO_TABLE, self._gap(pos, length, l1_index)
-        known = self._known  # before the look at the tables: what is linked meanwhile makes a new one
-        slice_index = pos >> geo.slice_shift
-        runs = known.get(slice_index)
-        if runs is None:
-            runs = self._few_runs(slice_index << geo.slice_shift)
-            if len(known) < _MAX_KNOWN:
-                known[slice_index] = runs
-        for kind, end in runs:
-            if pos < end:
-                return kind, min(length, end - pos)
-        return None
-
-    def _few_runs(self, start: int) -> tuple[tuple[Kind, int], ...]:
-        """(kind, guest position of the end) of the runs of the slice that maps `start` on; none if there are many.
-
-        None either if an entry is wrong: whoever asks for that one is told.
-        """
-        runs: list[tuple[Kind, int]] = []
-        pos, end = start, min(start + (1 << self.geometry.slice_shift), len(self.l1) << self.geometry.l1_shift)
-        try:
-            while pos < end:
-                kind, _, n = self.lookup(pos, end - pos)
-                pos += n
-                if runs and runs[-1][0] is kind:
-                    runs.pop()
-                runs.append((kind, pos))
-                if len(runs) > _FEW or n < _SHORT << self.geometry.l2_shift:
-                    return ()
-        except CorruptImageError:
-            return ()
-        return tuple(runs)
-
-    def _short_runs(self, pos: int, length: int) -> tuple[Kind, int, bytes]:
-        """(kind, bytes) of the first run at pos, and what runs.kinds() calls the whole clusters after it."""
-        geo = self.geometry
-        kind, _, n = self.lookup(pos, length)
-        table = self.slice_at(pos)
-        index = ((pos + n) >> geo.l2_shift) & geo.slice_mask
-        last = min(geo.slice_entries, index + ((length - n) >> geo.l2_shift))
-        if table is None or not index or index >= last:  # not index: the slice is over
-            return kind, n, b""
-        return kind, n, kinds(table[index:last], self.bounds) or b""  # the next look-ups find what is wrong
-
-    def _gap(self, pos: int, length: int, index: int) -> int:
-        """Bytes from pos, where there is no L2 table (L1 index `index`), to the next table; `length` at most."""
-        shift = self.geometry.l1_shift
-        last = ((pos + length - 1) >> shift) + 1
-        if last - index > _SHORT:
-            end = self._runs.end_of_same(self.l1, index + 1, last, UNALLOCATED)
-        elif any(self.l1[index + 1 : last]):
-            end = next(i for i in range(index + 1, last) if self.l1[i])
-        else:
-            return length
-        return min(length, (end << shift) - pos)
 
     def table_at(self, pos: int) -> Table | None:
         """The slice that maps pos; None where there is no L2 table.  Raises like lookup."""
@@ -246,7 +140,7 @@ class ClusterMap:
     def l2_offset(self, pos: int) -> int:
         """File offset of the L2 table that maps pos, 0 without one.  Raises CorruptImageError, StorageError."""
         index = pos >> self.geometry.l1_shift
-        if self._doubtful_l1 and index in self._doubtful_l1:
+        if self.doubtful_l1 and index in self.doubtful_l1:
             self._read_l1_again(index)
         offset = self.l1[index]
         if offset and not (self.bounds.valid_table(offset) and offset == self.l1[index]):  # marked meanwhile (I4)
@@ -287,10 +181,10 @@ class ClusterMap:
             self.write_l2(self.l1[pos >> geo.l1_shift] + geo.slice_offset(pos), table, index, entries)
         except StorageError:
             self.cache.discard(slice_index)
-            self._known = {}
+            self.known_runs = {}
             raise
         table[index : index + len(entries)] = entries
-        self._known = {}  # after the change (I5)
+        self.known_runs = {}  # after the change (I5)
 
     def write_new_table(self, pos: int, entries: Table, offset: int) -> Table:
         """Write a new L2 table at file offset `offset`, with `entries` for the clusters from pos on.
@@ -314,12 +208,12 @@ class ClusterMap:
             try:
                 self.write_l1(index, entry)
             except StorageError:
-                self._doubtful_l1.add(index)
+                self.doubtful_l1.add(index)
                 raise
             # The slice first: a reader that sees the L1 entry finds the table in the cache.
             self.cache.add(pos >> geo.slice_shift, table)
             self.l1[index] = offset
-            self._known = {}  # after the change (I5)
+            self.known_runs = {}  # after the change (I5)
 
     def write_l2(self, offset: int, table: Table, index: int, entries: Table) -> None:
         self.tables.write(offset, table, index, entries)
@@ -329,7 +223,7 @@ class ClusterMap:
 
     def _read_l1_again(self, index: int) -> None:
         with self.l1_lock:
-            if index in self._doubtful_l1:
+            if index in self.doubtful_l1:
                 self.l1[index] = self.tables.read(self.l1_offset + index * ENTRY, 1)[0]
-                self._known = {}
-                self._doubtful_l1.discard(index)
+                self.known_runs = {}
+                self.doubtful_l1.discard(index)

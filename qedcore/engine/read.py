@@ -10,14 +10,13 @@ A request is cut into runs of one kind (cluster.lookup).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from ..errors import QEDError, ReadOnlyError, RequestError, ShutdownError
+from ..errors import ReadOnlyError, RequestError, ShutdownError
 from ..format.geometry import ZERO_CLUSTER
 from ..storage import ReadBuffer, Storage, WriteBuffer
 from .cluster_map import FOUND, ZERO, ClusterMap, Kind
+from .extents import Extents
 from .in_flight import InFlight
-from .source import Source, fill_zeros, find_zeros, read_chain
+from .source import Source, fill_zeros, read_chain
 
 
 class Requests:
@@ -39,6 +38,7 @@ class Requests:
 
     def _look_up_in(self, clusters: ClusterMap) -> None:
         self._clusters = clusters
+        self._extents = Extents(clusters)
         self._bounds = clusters.bounds
         self._lowest = max(clusters.bounds.start, ZERO_CLUSTER + 1)  # bytes: no cluster starts before
         self._slices = clusters.cache.slices
@@ -111,36 +111,7 @@ class Requests:
     def extents(self, pos: int, length: int, one: bool) -> tuple[Kind, list[int]]:
         """(kind, bytes of each run) of a range, through the chain: alternately FOUND and ZERO, from `kind` on."""
         self._check_range(pos, length)
-        if one or self.backing is not None:
-            pieces = self._pieces_of_chain(pos, length, one)
-        else:
-            pieces = self._clusters.data_and_zeros(pos, length)
-        first = ZERO
-        sizes: list[int] = []
-        try:
-            for kind, more in pieces:
-                if not sizes:
-                    first = kind
-                elif (kind is first) == len(sizes) % 2:  # as the last run
-                    more[0] += sizes.pop()
-                sizes += more
-                if one and len(sizes) > 1:
-                    break
-        except QEDError:
-            if not (one and sizes):  # else it is past what was asked for
-                raise
-        return first, sizes[:1] if one else sizes
-
-    def _pieces_of_chain(self, pos: int, length: int, one: bool) -> Iterator[tuple[Kind, list[int]]]:
-        """As ClusterMap.data_and_zeros, with what is below."""
-        for kind, n in self._clusters.kinds(pos, length, one):
-            end = pos + n
-            while pos < end:
-                here, n = kind, end - pos
-                if kind is not FOUND and kind is not ZERO:
-                    here, n = find_zeros(self.backing, pos, n)
-                yield here, [n]
-                pos += n
+        return self._extents.find(pos, length, one, self.backing)
 
     def pwrite(self, buf: ReadBuffer, pos: int) -> None:
         raise ReadOnlyError(f"{self._storage.name} was opened read-only")

@@ -76,14 +76,14 @@ def test_extents_beside_a_write(tapped: Tapped, monkeypatch: pytest.MonkeyPatch)
     """What was seen of a table before it changed is not remembered after."""
     img, _, _ = tapped(layout="-", size=GiB)
     gate = Gate()
-    look = img._clusters._few_runs
+    look = img._requests._extents._few_runs
 
     def slow(start: int) -> Any:
         runs = look(start)
         gate.stop()
         return runs
 
-    monkeypatch.setattr(img._clusters, "_few_runs", slow)
+    monkeypatch.setattr(img._requests._extents, "_few_runs", slow)
     job = Job(img.extents, 0, GiB)
     gate.reached()
     monkeypatch.undo()
