@@ -14,7 +14,7 @@ from typing import Any, Callable, NamedTuple
 
 from ..errors import StorageError
 from ..format.geometry import ENTRY, ZERO_CLUSTER, Bounds, Geometry
-from ..format.table import SMALL, Table, empty, length_of, next_data, table_parts
+from ..format.table import SMALL, Table, empty, length_of, table_parts
 from ..storage import Storage
 from .cluster_use import DATA, ClusterUse
 
@@ -141,7 +141,7 @@ class _Half:
         indexes = []
         with memoryview(buffer) as entries, entries.cast("B") as content:
             for index, offset in tables:
-                if geo.table_bytes <= SMALL or next_data(storage, offset) < offset + geo.table_bytes:
+                if geo.table_bytes <= SMALL or storage.next_data(offset) < offset + geo.table_bytes:
                     storage.pread_into(content[end : end + geo.table_bytes], offset)
                     indexes.append(index)
                     end += geo.table_bytes

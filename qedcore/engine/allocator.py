@@ -17,7 +17,7 @@ from typing import Callable
 from ..errors import StorageError
 from ..format.geometry import Bounds, Geometry
 from ..locks import Rank, ranked_lock
-from ..storage import Storage, in_doubt
+from ..storage import Storage
 from ..units import MiB
 from .reclaim import Extent, Reclaimer
 
@@ -75,7 +75,7 @@ class Allocator:
         while end > self._grown:
             self._grow(offset, end)
             # A server may still make zeros of what it was once asked to, without an answer: nothing is put there.
-            while in_doubt(self._storage, offset, self._grown - offset):
+            while self._storage.in_doubt(offset, self._grown - offset):
                 offset += self._geometry.cluster_size
             end = offset + n * self._geometry.cluster_size
         self._bounds.end = end

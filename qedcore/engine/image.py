@@ -27,7 +27,7 @@ from ..format.geometry import Bounds, Geometry
 from ..format.header import Header, HeaderUpdater, read_backing_name, read_header
 from ..format.table import TableIO
 from ..locks import Rank, ranked_lock
-from ..storage import ReadBuffer, Storage, WriteBuffer, close_all, drop_cache, make_zeros
+from ..storage import ReadBuffer, Storage, WriteBuffer, close_all, make_zeros
 from ..units import MiB
 from .allocator import Allocator
 from .census import Census
@@ -400,7 +400,7 @@ class QEDImage:
                     self._log(f"{self.storage.name}: NEED_CHECK stays set, for the next writable open to repair")
         except StorageError:
             # Linux may go on showing what it could not write: whoever opens the image next must not rely on that.
-            drop_cache(self.storage)
+            self.storage.drop_cache()
             raise
         finally:
             close_all(layer.storage for layer in layers(self))

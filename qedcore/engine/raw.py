@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import UnsupportedError
-from ..storage import ReadBuffer, Storage, WriteBuffer, data_run, make_zeros
+from ..storage import ReadBuffer, Storage, WriteBuffer, make_zeros
 from .cluster_map import FOUND, Kind
 from .source import Source
 
@@ -41,7 +41,7 @@ class RawImage:
         return FOUND, self._offset + pos, length
 
     def data_run(self, pos: int, length: int) -> tuple[bool, int]:
-        return data_run(self.storage, self._offset + pos, length)
+        return self.storage.data_run(self._offset + pos, length)
 
     def pread_into(self, buf: WriteBuffer, pos: int) -> None:
         self.storage.pread_into(buf, self._offset + pos)

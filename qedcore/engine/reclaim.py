@@ -23,7 +23,7 @@ from ..check.cluster_use import ClusterUse
 from ..errors import StorageError, UnreachableError
 from ..format.geometry import Bounds, Geometry
 from ..locks import Rank, ranked_lock
-from ..storage import Storage, in_doubt
+from ..storage import Storage
 from ..units import MiB
 from .free_map import CLEAN, USED, FreeMap
 from .in_flight import InFlight
@@ -112,7 +112,7 @@ class Reclaimer:
         there by then.  Such clusters count as used until the next opening.
         """
         shift = self._geometry.l2_shift
-        if not in_doubt(self._storage, cluster << shift, n << shift):
+        if not self._storage.in_doubt(cluster << shift, n << shift):
             self._free.add(cluster, n, state)
 
     def free(self, extent: Extent) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import QEDError, StorageError
 from ..format.geometry import SECTOR
 from ..format.table import Table
-from ..storage import ReadBuffer, Storage, WriteBuffer
+from ..storage import ReadBuffer, Storage, Wrapper, WriteBuffer
 from ..trace import FaultHook, Tracer
 from .cluster_map import FOUND, ClusterMap, Kind
 from .image import Parts
@@ -109,20 +109,17 @@ class _Probed:
     probe: Probe  # set by instrumented()
 
 
-class TracedStorage:
+class TracedStorage(Wrapper):
     """A storage with the fault points of the generic layer; all else goes straight through."""
 
     def __init__(self, storage: Storage, probe: Probe) -> None:
-        self._storage = storage
+        super().__init__(storage)
         self._probe = probe
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._storage, name)
 
     def flush(self) -> None:
         self._probe.fault("flush_to_os")
         self._probe.fault("flush_to_disk")
-        self._storage.flush()
+        self._inner.flush()
 
 
 class TracedCache(_Probed, L2Cache):

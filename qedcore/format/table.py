@@ -74,15 +74,6 @@ class TableIO:
         self.storage.pwrite(memoryview(table).cast("B"), offset)
 
 
-def next_data(storage: Storage, offset: int) -> int:
-    """A file offset (bytes) from `offset` on before which there are only zeros: where the next data may be.
-
-    Storages that know have a method of that name; for others it is `offset`.
-    """
-    ask = getattr(storage, "next_data", None)
-    return offset if ask is None else int(ask(offset))
-
-
 def table_parts(
     storage: Storage, geometry: Geometry, offset: int, buffer: Table | None = None
 ) -> Iterator[tuple[int, Table]]:
@@ -109,7 +100,7 @@ def parts_between(
         for at in range(start, end, geometry.part_bytes):
             stop = min(end, at + geometry.part_bytes)
             if at not in hole:
-                hole = range(at, next_data(storage, at))
+                hole = range(at, storage.next_data(at))
             if stop <= hole.stop:
                 continue
             part = buffer if stop - at == geometry.part_bytes else empty((stop - at) // ENTRY)

@@ -22,7 +22,7 @@ from typing import Callable
 from ..engine.image import Metadata, QEDImage
 from ..errors import CorruptImageError
 from ..format.geometry import ENTRY, SECTOR, UNALLOCATED, ZERO_CLUSTER, is_marked
-from ..format.table import Table, empty, next_data, table_parts
+from ..format.table import Table, empty, table_parts
 from ..units import MiB
 from .layout import FREE, Layout, is_table
 from .move import COPY_STEP, Move, Mover, NoSpaceError
@@ -274,7 +274,7 @@ def _is_zero(metadata: Metadata, offset: int) -> bool:
     step = min(size, COPY_STEP)
     data, zeros = bytearray(step), bytes(step)
     for at in range(offset, offset + size, step):
-        if next_data(metadata.storage, at) >= at + step:
+        if metadata.storage.next_data(at) >= at + step:
             continue
         metadata.storage.pread_into(data, at)
         if data != zeros:

@@ -31,7 +31,7 @@ from ..format.geometry import (
     round_up,
 )
 from ..format.header import HEADER_BYTES, KNOWN_FEATURES, MAGIC, MAX_BACKING_NAME, Header, read_header
-from ..format.table import TableIO, next_data, table_parts
+from ..format.table import TableIO, table_parts
 from ..storage import Storage
 from ..units import MiB
 
@@ -248,7 +248,7 @@ def l1_shaped(storage: Storage, geometry: Geometry, bounds: Bounds) -> Iterator[
         return _l1_entries(storage, geometry, bounds, offset)
 
     cs, last = geometry.cluster_size, 0
-    offset = geometry.start_of_cluster(next_data(storage, bounds.start))
+    offset = geometry.start_of_cluster(storage.next_data(bounds.start))
     while offset < bounds.end:
         if entries_at(offset):
             first = max(bounds.start, offset - geometry.table_bytes + cs, last + cs)
@@ -256,18 +256,18 @@ def l1_shaped(storage: Storage, geometry: Geometry, bounds: Bounds) -> Iterator[
                 parts = range(last, last + geometry.table_bytes, cs)
                 if bounds.valid_table(last) and all(entries_at(part) is not None for part in parts):
                     yield last
-        offset = geometry.start_of_cluster(next_data(storage, offset + cs))
+        offset = geometry.start_of_cluster(storage.next_data(offset + cs))
 
 
 def _l1_entries(storage: Storage, geometry: Geometry, bounds: Bounds, offset: int) -> int | None:
     """Entries of the cluster at `offset`, read as a part of an L1 table; None if one is impossible."""
     n = 0
     step = min(geometry.cluster_size, MiB)
-    data = next_data(storage, offset)
+    data = storage.next_data(offset)
     for at in range(offset, offset + geometry.cluster_size, step):
         if data >= at + step:
             continue  # large clusters are mostly holes
-        data = next_data(storage, at + step)
+        data = storage.next_data(at + step)
         part = TableIO(storage).read(at, step // ENTRY)
         if part.tobytes() == bytes(step):
             continue

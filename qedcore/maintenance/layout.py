@@ -12,7 +12,7 @@ from typing import Callable
 from ..engine.image import Metadata
 from ..errors import CorruptImageError, UnsupportedError
 from ..format.geometry import DANGLING, ENTRY, RESERVED_BITS, UNALLOCATED, ZERO_CLUSTER, is_marked
-from ..format.table import SMALL, Table, empty, next_data
+from ..format.table import SMALL, Table, empty
 from ..storage.file import FAR
 
 _CHUNK_BITS = 10  # slots per chunk of a SlotMap: 8 KiB each
@@ -176,7 +176,7 @@ class Layout:
         while base < geo.table_entries:
             if geo.table_bytes > SMALL:
                 at = offset() + base * ENTRY
-                base += (next_data(self._storage, at) - at) // geo.part_bytes * geo.part_entries
+                base += (self._storage.next_data(at) - at) // geo.part_bytes * geo.part_entries
                 if base >= geo.table_entries:
                     return
             self._max_bytes -= geo.part_bytes

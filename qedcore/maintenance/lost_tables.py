@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..check.cluster_use import ClusterUse
 from ..format.geometry import ENTRY, SECTOR, ZERO_CLUSTER, Bounds, Geometry
-from ..format.table import next_data, table_parts
+from ..format.table import table_parts
 from ..storage import Storage
 
 _IMPOSSIBLE = 8  # one in so many entries of a table may be damaged
@@ -70,7 +70,7 @@ def orphans(storage: Storage, geometry: Geometry, bounds: Bounds, use: ClusterUs
     cluster = use.next_free(bounds.start >> geometry.l2_shift)
     while cluster < use.clusters:
         offset = cluster << geometry.l2_shift
-        data_at = next_data(storage, offset)
+        data_at = storage.next_data(offset)
         if data_at >= offset + geometry.cluster_size:
             cluster = use.next_free(data_at >> geometry.l2_shift)
             continue

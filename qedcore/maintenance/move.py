@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ..engine.image import Metadata
 from ..errors import StorageError
 from ..format.geometry import ENTRY, SECTOR
-from ..format.table import Table, next_data
+from ..format.table import Table
 from ..units import KiB, MiB
 from .layout import FREE, L1_TABLE, Layout, is_table
 
@@ -109,7 +109,7 @@ class Mover:
         done = 0
         while done < length:
             if blank:
-                done = next_data(self._storage, source + done) - source
+                done = self._storage.next_data(source + done) - source
                 done -= done % len(_BLANK)
                 if done >= length:
                     return

@@ -36,7 +36,7 @@ from ..format.geometry import (
     Geometry,
 )
 from ..format.header import FEATURE_BACKING_FILE, KNOWN_FEATURES, MAGIC, Header
-from ..format.table import TableIO, next_data, table_parts
+from ..format.table import TableIO, table_parts
 from ..storage import Storage
 from ..storage.copying import Copy, Piece
 from ..units import KiB, MiB
@@ -80,7 +80,7 @@ def find_tables(
 ) -> Iterator[int]:
     """File offsets (bytes) of what has the shape of an L2 table, the whole file through, without overlaps."""
     bounds = Bounds(geometry, 1, storage.size())
-    offset = geometry.start_of_cluster(next_data(storage, bounds.start))
+    offset = geometry.start_of_cluster(storage.next_data(bounds.start))
     while offset < bounds.end:
         progress(offset, bounds.end)
         shape = shape_of(storage, geometry, bounds, offset)
@@ -88,21 +88,21 @@ def find_tables(
         if shaped:
             yield offset
         offset += geometry.table_bytes if shaped else geometry.cluster_size
-        offset = geometry.start_of_cluster(next_data(storage, offset))
+        offset = geometry.start_of_cluster(storage.next_data(offset))
 
 
 def guess_cluster_size(storage: Storage) -> int | None:
     """The commonest step between neighbours in what looks like pieces of tables; None without any."""
     size, page, step = storage.size(), MIN_CLUSTER_SIZE // ENTRY, MiB
     votes: Counter[int] = Counter()
-    offset = next_data(storage, 0) // MIN_CLUSTER_SIZE * MIN_CLUSTER_SIZE
+    offset = storage.next_data(0) // MIN_CLUSTER_SIZE * MIN_CLUSTER_SIZE
     while offset < size:
         block = TableIO(storage).read(offset, step // ENTRY)
         for start in range(0, len(block), page):
             entries = [entry for entry in block[start : start + page] if entry > ZERO_CLUSTER]
             if len(entries) > 1 and not any(entry % MIN_CLUSTER_SIZE or entry >= size for entry in entries):
                 votes.update(b - a for a, b in zip(entries, entries[1:]) if b - a in CLUSTER_SIZES)
-        offset = next_data(storage, offset + step) // MIN_CLUSTER_SIZE * MIN_CLUSTER_SIZE
+        offset = storage.next_data(offset + step) // MIN_CLUSTER_SIZE * MIN_CLUSTER_SIZE
     return votes.most_common(1)[0][0] if votes else None
 
 

@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Callable
 
 from ..engine.image import QEDImage
-from ..storage import in_doubt
 from ..units import MiB
 from .compact import Arrangement
 from .layout import Layout, LimitError
@@ -30,7 +29,7 @@ def tidy(image: QEDImage, stop: Callable[[], bool] = lambda: False) -> int:
     """
     small = image.storage.size() >> image.geometry.l2_shift <= TIDY_CLUSTERS
     holes = image.holes(search=small)
-    if not holes or stop() or in_doubt(image.storage, 0, image.storage.size()):
+    if not holes or stop() or image.storage.in_doubt(0, image.storage.size()):
         return holes  # of those in doubt, nobody knows what will be written there
     try:
         layout = Layout(image.metadata(), max_bytes=TIDY_TABLE_BYTES, max_units=TIDY_CLUSTERS)

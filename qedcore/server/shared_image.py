@@ -16,7 +16,7 @@ from ..engine.image import QEDImage
 from ..engine.in_flight import InFlight
 from ..errors import NotWritableError, QEDError, StorageError
 from ..locks import Rank, ranked_lock
-from ..storage import Storage
+from ..storage import Storage, Wrapper
 from ..storage.cache_mode import CacheMode
 from ..storage.file import FileStorage
 from ..storage.file_lock import Locking, Use
@@ -26,20 +26,8 @@ if TYPE_CHECKING:
     from ..storage.nbd import NbdStorage
 
 
-class _Borrowed:
+class _Borrowed(Wrapper):
     """A storage that somebody else closes, and later."""
-
-    def __init__(self, storage: Storage) -> None:
-        self.name = storage.name
-        self.fixed_size = storage.fixed_size
-        self.size = storage.size
-        self.pread_into = storage.pread_into
-        self.pwrite = storage.pwrite
-        self.pwritev = storage.pwritev
-        self.truncate = storage.truncate
-        self.punch = storage.punch
-        self.flush = storage.flush
-        self.identity = storage.identity
 
     def close(self) -> None:
         """Its owner does."""

@@ -10,7 +10,7 @@ I4. A failed sync is never forgotten: the system may have dropped the pages, so 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import StorageError
 from ..units import KiB, MiB
@@ -22,39 +22,87 @@ ReadBuffer = Any
 WriteBuffer = Any
 
 
-class Storage(Protocol):
-    """A file of bytes.  Every method raises StorageError with the operating system's errno."""
+class Storage:
+    """A file of bytes, and its capabilities.  Every method raises StorageError with the operating system's errno.
+
+    What not every storage can do has a default here, which is right for those that cannot.
+    """
 
     name: str  # for messages
-    fixed_size: bool  # a device or an export: truncate() cannot change its size (see FixedSizeStorage)
+    fixed_size: bool = False  # a device or an export: truncate() cannot change its size (see FixedSizeStorage)
 
     def size(self) -> int:
         """Length of the file, bytes."""
-        ...
+        raise NotImplementedError
 
-    def pread_into(self, buf: WriteBuffer, offset: int) -> None: ...
+    def pread_into(self, buf: WriteBuffer, offset: int) -> None:
+        raise NotImplementedError
 
-    def pwrite(self, buf: ReadBuffer, offset: int) -> None: ...
+    def pwrite(self, buf: ReadBuffer, offset: int) -> None:
+        raise NotImplementedError
 
-    def pwritev(self, bufs: Sequence[ReadBuffer], offset: int) -> None: ...
+    def pwritev(self, bufs: Sequence[ReadBuffer], offset: int) -> None:
+        self.pwrite(b"".join(bufs), offset)
 
     def truncate(self, size: int) -> None:
         """Make the file `size` bytes long; bytes gained read as zeros.  ENOSPC where the size is fixed."""
-        ...
+        raise NotImplementedError
 
-    def punch(self, offset: int, length: int) -> bool:
-        """Give back the space of a range inside the file, which then reads as zeros; False if that cannot be done."""
-        ...
-
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        raise NotImplementedError
 
     def identity(self) -> object:
         """Equal for two storages of one file (finds loops in chains)."""
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
         """Release the file; does not flush.  A second call does nothing."""
-        ...
+        raise NotImplementedError
+
+    # -- capabilities --------------------------------------------------------------------------------------------
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Give back the space of a range inside the file, which then reads as zeros; False if that cannot be done."""
+        return False
+
+    def next_data(self, offset: int) -> int:
+        """A file offset (bytes) from `offset` on before which there are only zeros: where the next data may be."""
+        return offset
+
+    def data_run(self, offset: int, length: int) -> tuple[bool, int]:
+        """(it may have data, bytes) of the run at `offset`; what has none reads as zeros."""
+        return True, length
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Have the system read a range ahead, without waiting for it.  A hint."""
+
+    def drop_cache(self) -> None:
+        """What is read from here on comes from the disk, as far as the storage has a cache that can be dropped."""
+
+    def in_doubt(self, offset: int, length: int) -> bool:
+        """Whether a write somewhere in this range ended without an answer and may still be carried out, at any time.
+
+        Only a server can do that, after the connection to it was lost.  Such a place is used for nothing else.
+        """
+        return False
+
+
+class Wrapper(Storage):
+    """A storage over another one, whose methods it has, but for those that its class defines itself.
+
+    They are the inner storage's own bound methods: no call goes through this class.
+    """
+
+    def __init__(self, inner: Storage) -> None:
+        self._inner = inner
+        self.name = inner.name
+        self.fixed_size = inner.fixed_size
+        own = {name for base in type(self).__mro__ if base not in Storage.__mro__ for name in vars(base)}
+        for name in _METHODS - own:
+            setattr(self, name, getattr(inner, name))
+
+
+_METHODS = {name for name, value in vars(Storage).items() if callable(value) and not name.startswith("_")}
 
 
 def read_from_disk(storage: Storage) -> None:
@@ -64,32 +112,7 @@ def read_from_disk(storage: Storage) -> None:
     used again.  And when a flush has failed, Linux may go on showing what it could not write, as if it had.
     """
     storage.flush()
-    drop_cache(storage)
-
-
-def drop_cache(storage: Storage) -> None:
-    """What is read from here on comes from the disk, where the storage has a cache that can be dropped."""
-    drop = getattr(storage, "drop_cache", None)
-    if drop is not None:
-        drop()
-
-
-def in_doubt(storage: Storage, offset: int, length: int) -> bool:
-    """Whether a write somewhere in this range ended without an answer and may still be carried out, at any time.
-
-    Only a server can do that, after the connection to it was lost.  Such a place is used for nothing else.
-    """
-    ask = getattr(storage, "in_doubt", None)
-    return ask is not None and bool(ask(offset, length))
-
-
-def data_run(storage: Storage, offset: int, length: int) -> tuple[bool, int]:
-    """(it may have data, bytes) of the run at `offset`; what has none reads as zeros.
-
-    Data everywhere in a storage that cannot tell.
-    """
-    ask = getattr(storage, "data_run", None)
-    return (True, length) if ask is None else ask(offset, length)
+    storage.drop_cache()
 
 
 _BLOCK = 4 * KiB  # bytes: devices and servers zero whole blocks only, and few have larger ones
@@ -106,7 +129,7 @@ def make_zeros(storage: Storage, start: int, end: int) -> None:
     whole = first < last and (first, last) != (start, end) and storage.punch(first, last - first)
     for at, stop in ((start, first), (last, end)) if whole else ((start, end),):
         while at < stop:
-            has_data, n = data_run(storage, at, stop - at)
+            has_data, n = storage.data_run(at, stop - at)
             if has_data:
                 n = min(n, len(ZEROS))
                 storage.pwrite(ZEROS[:n], at)

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Callable
 
 from ..errors import NotWritableError, StorageError
-from . import ReadBuffer, WriteBuffer
+from . import ReadBuffer, Storage, WriteBuffer
 from .cache_mode import CacheMode
 from .file_lock import FileLock, Locking, NoLocksError, Use
 from .flush import GroupCommit
@@ -50,7 +50,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-class FileStorage:
+class FileStorage(Storage):
     """See Storage.  Regular files and block devices only: a FIFO would hang, a directory makes no sense."""
 
     open_flags = 0  # for open(2), besides the access mode

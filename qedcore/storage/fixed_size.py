@@ -14,30 +14,21 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from functools import partial
 
 from ..errors import StorageError
-from . import ReadBuffer, Storage, WriteBuffer, drop_cache, in_doubt, make_zeros
+from . import ReadBuffer, Storage, Wrapper, WriteBuffer, make_zeros
 
 
-class FixedSizeStorage:
+class FixedSizeStorage(Wrapper):
     """See Storage.  It owns `inner`.
 
     The size is changed by one thread at a time (the allocator's lock, or nobody else has the image).
     """
 
-    fixed_size = False  # from here on it is a file like others
-
     def __init__(self, inner: Storage, size: int) -> None:
-        self.name = inner.name
-        self._inner = inner
+        super().__init__(inner)
+        self.fixed_size = False  # from here on it is a file like others
         self._size = size  # bytes
-        self.punch = inner.punch
-        self.identity = inner.identity
-        self.flush = inner.flush
-        self.close = inner.close
-        self.drop_cache = partial(drop_cache, inner)
-        self.in_doubt = partial(in_doubt, inner)
 
     def size(self) -> int:
         return self._size

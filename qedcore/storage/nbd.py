@@ -33,7 +33,7 @@ from typing import Any, Callable
 
 from ..errors import NotWritableError, StorageError, UnreachableError
 from ..locks import Rank, ranked_condition
-from . import ReadBuffer, WriteBuffer
+from . import ReadBuffer, Storage, WriteBuffer
 from .file_lock import LockedError, Locking
 from .flush import GroupCommit
 from .nbd_link import LARGEST, Link, LinkLost, Offer, Peer, Request, explained, import_nbd, text_of
@@ -69,7 +69,7 @@ class UriPeer:
         """There is nothing to close."""
 
 
-class NbdStorage:
+class NbdStorage(Storage):
     """See Storage.  `clock` counts seconds, and `pause` waits for some.
 
     Raises StorageError when the server cannot be reached or refuses; UnsupportedError without libnbd.

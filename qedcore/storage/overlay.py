@@ -14,7 +14,7 @@ from .file import FAR
 _PAGE = 4096  # bytes
 
 
-class Rehearsal:
+class Rehearsal(Storage):
     """See Storage.  The storage below is only read, and not closed."""
 
     def __init__(self, below: Storage) -> None:
@@ -30,8 +30,7 @@ class Rehearsal:
 
     def next_data(self, offset: int) -> int:
         """See FileStorage."""
-        ask = getattr(self._below, "next_data", None)
-        below = offset if ask is None else int(ask(offset))
+        below = self._below.next_data(offset)
         at = bisect_left(self._numbers, offset // _PAGE)
         own = max(self._numbers[at] * _PAGE, offset) if at < len(self._numbers) else FAR
         return min(below if below < self._kept else FAR, own)

@@ -261,7 +261,7 @@ def _survivors(ops: list[Op], granule: int, share: float, growth: float, rng: ra
                 yield part._replace(offset=part.offset + len(part.data), data=b"")
 
 
-class RecordedFile:
+class RecordedFile(Storage):
     """A Storage in a World."""
 
     def __init__(self, world: World, path: str, writable: bool) -> None:

@@ -20,7 +20,7 @@ WAIT = 20  # seconds: nothing waits this long unless something is broken
 CHANGES = ("pwrite", "pwritev", "truncate", "punch", "flush")
 
 
-class MemoryStorage:
+class MemoryStorage(Storage):
     """A Storage in a bytearray; zeros past its end."""
 
     def __init__(self, data: bytes = b"", name: str = "memory") -> None:
@@ -76,7 +76,7 @@ class Call(NamedTuple):
 Hook = Callable[[Call], "StorageError | None"]
 
 
-class Tap:
+class Tap(Storage):
     """Passes everything on to another storage; notes the calls that change it, and asks the hook first."""
 
     def __init__(self, inner: Storage, hook: Hook | None = None) -> None:
@@ -119,7 +119,7 @@ class Tap:
         self._do(Call("flush"), self.inner.flush)
 
     def drop_cache(self) -> None:
-        self._do(Call("drop_cache"), getattr(self.inner, "drop_cache", lambda: None))
+        self._do(Call("drop_cache"), self.inner.drop_cache)
 
     def identity(self) -> object:
         return self.inner.identity()

@@ -39,8 +39,8 @@ from support.server import import_nbd, wait_for
 import qedcore
 from qedcore.errors import StorageError, UnreachableError
 from qedcore.server.shared_image import Opener
-from qedcore.storage import in_doubt, nbd_session
 from qedcore.storage import nbd as nbd_module
+from qedcore.storage import nbd_session
 from qedcore.storage.cache_mode import CacheMode
 from qedcore.storage.file_lock import LockedError, Locking
 from qedcore.storage.nbd import NbdStorage, UriPeer, open_uri
@@ -528,7 +528,7 @@ def test_one_of_the_connections_is_lost(shared: FakeServer, clock: Clock, answer
     slow.result()
     assert reader.result() == b"kept"
     assert read(storage, 0, 4) == b"slow"
-    assert in_doubt(storage, 0, 4) is not answers
+    assert storage.in_doubt(0, 4) is not answers
     storage.close()
 
 
@@ -592,7 +592,7 @@ def test_where_a_write_has_no_answer(server: FakeServer, storage: NbdStorage, cl
     for work in (lambda: read(storage, 0, 1), lambda: storage.pwrite(bytes(512), 5 * KiB)):
         with pytest.raises(UnreachableError):
             work()
-    found = [at for at in range(0, 8 * KiB, 512) if in_doubt(storage, at, 512)]
+    found = [at for at in range(0, 8 * KiB, 512) if storage.in_doubt(at, 512)]
     assert found == [2 * KiB]
 
 
