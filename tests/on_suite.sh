@@ -1,8 +1,8 @@
 #!/bin/bash
 # Usage: on_suite.sh [-k DIR] SUITE [COMMAND]
-# Build a bare Debian of that suite (bookworm, trixie, sid), clone this checkout into it, and run COMMAND in
-# the clone as root with a clean environment. Without COMMAND: what README tells a newcomer to run, then lint and all
-# tests. The exit code is COMMAND's; all mounts and processes end with it. Needs root, mmdebstrap and git.
+# Build a bare Debian of that suite (bookworm, trixie, sid), clone this checkout into it (what is committed), and run
+# COMMAND in the clone as root with a clean environment. Without COMMAND: what README tells a newcomer to run, then lint
+# and all tests. The exit code is COMMAND's; all mounts and processes end with it. Needs root, mmdebstrap and git.
 #   -k DIR   keep the system in DIR, or use the one that is there again; only the clone is new
 #   MIRROR   a mirror or a sources.list, as mmdebstrap takes it
 #   TMP=disk leaves /tmp on the disk; else it is in memory where the suite has it so (Debian 13 and later)
@@ -38,7 +38,6 @@ usage() {
     exit 2
 }
 
-# In the order of README; serve until the first client has been there.
 tour='make demo && sh tests/first_run.sh && make lint && make check JOBS='${JOBS:-2}
 
 keep=
@@ -92,7 +91,7 @@ if [ ! -e "$root/etc/registry.crt" ]; then
 fi
 cp --remove-destination "$(realpath -m /etc/resolv.conf)" "$root/etc/resolv.conf" || :
 rm -rf "$root/root/qed"
-# The checkout may be somebody else's: git asks for that to be allowed, in a file only.
+# The checkout may be somebody else's, which git wants to be allowed, in this file only.
 HOME=$work git config --global safe.directory '*'
 HOME=$work git clone -q --no-hardlinks "$top" "$root/root/qed"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import getopt
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -40,6 +41,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_FAILURE, f"{PROGRAM}: {message}\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help or an error; argparse of CPython 3.12 and later hides that nobody got it.  Raises OSError."""
+        if message:
+            (file or sys.stderr).write(message)
 
     def take(self, words: Sequence[str], args: argparse.Namespace, leading: bool = False) -> list[str]:
         """Enter the options among `words` into args; the other words.

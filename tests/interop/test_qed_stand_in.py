@@ -73,7 +73,7 @@ def test_commit_into_what_only_qemu_reaches(both: tuple[Path, Path]) -> None:
 DD = """
 if=disk.qed of=x
 -O qed if=disk.qed of=x
--f qed -O qed bs=5 if=disk.qed of=x
+-f qed -O qed bs=4999 if=disk.qed of=x
 -f raw -O qed bs=64k count=3 if=base.raw of=x
 bs=64k skip=3 if=disk.qed of=x
 bs=64k skip=1 count=4 if=disk.qed of=x

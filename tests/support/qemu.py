@@ -9,11 +9,14 @@ from pathlib import Path
 
 from support.patterns import Op, stamp
 from support.qed_image import Geometry, QedFile, assert_sound
+from support.qemu_words import older_error, older_output
 from support.tools import Result, run
 
 
 def qemu_img(*args: str | os.PathLike[str], cwd: str | os.PathLike[str] | None = None) -> Result:
-    return run(["qemu-img", *args], cwd=cwd)
+    """Run qemu-img; what it says is in the words of QEMU 7.2."""
+    said = run(["qemu-img", *args], cwd=cwd)
+    return Result(said.rc, older_output(said.out), older_error(said.err))
 
 
 def qemu_img_ok(*args: str | os.PathLike[str], cwd: str | os.PathLike[str] | None = None) -> str:
