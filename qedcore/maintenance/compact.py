@@ -90,12 +90,23 @@ class Arrangement:
 
         Raises NoSpaceError: then the file is sound, as small as it can get, and not in order.
         """
+        window = self._window
         self.give_back()
+        try:
+            self._compact()
+            return
+        except NoSpaceError:
+            pass
+        # What lies past the end of a dense file may be in the way there.
+        with suppress(NoSpaceError):
+            self.pack(tables=False)
+        self.give_back()
+        self._window = window
         try:
             self._with_less_space(self._compact)
         except NoSpaceError:
             with suppress(NoSpaceError):
-                self.pack()
+                self.pack(tables=False)
             raise
 
     def _compact(self) -> None:

@@ -77,9 +77,10 @@ def test_holes_stay_holes(
 
 @pytest.mark.parametrize("limited", [False, True], ids=["full", "file size limit"])
 @pytest.mark.parametrize("leaks", [[3, 4, 5, 6, 11], [7, 11]], ids=["several", "two"])
-def test_compact_on_a_full_disk(image: Image, leaks: list[int], limited: bool) -> None:
+@pytest.mark.parametrize("l1_last", [False, True], ids=["", "L1 table last"])
+def test_compact_on_a_full_disk(image: Image, leaks: list[int], limited: bool, l1_last: bool) -> None:
     """Leaks are given back before anything is copied, and nothing is beyond the end of the file."""
-    path = image(**GEOMETRY, size=200 * CS, layout="D" * 20, reverse=True).path
+    path = image(**GEOMETRY, size=200 * CS, layout="D" * 20, reverse=True, l1_last=l1_last).path
     cleared(path, leaks)
     before, length = guest(path), path.stat().st_size
     disk = SmallDisk(path.read_bytes(), limit=length) if limited else SmallDisk(path.read_bytes(), free=0)
