@@ -259,8 +259,7 @@ class Salvage:
                         found.tables[index] = offset
                     else:
                         found.lost.add(index)
-            if not found.certain:
-                found.guessed.update(found.tables)
+            found.guessed.update(found.tables if not found.certain else self._overlapping(found))
             if not found.lost and (found.tables or (found.whole and not self._guess)):
                 return
         use = ClusterUse(bounds.end >> geo.l2_shift)
@@ -287,6 +286,13 @@ class Salvage:
             found.tables[index] = offset
             found.lost.discard(index)
             found.guessed.add(index)
+
+    def _overlapping(self, found: Found) -> Iterator[int]:
+        """L1 indices of tables that overlap: the entry of one of them is wrong."""
+        places = sorted([(offset, index) for index, offset in found.tables.items()] + [(found.l1_offset or 0, -1)])
+        for (first, index), (second, other) in zip(places, places[1:]):
+            if second - first < found.geometry.table_bytes:
+                yield from (i for i in (index, other) if i >= 0)
 
     def _data(self, geometry: Geometry, offset: int) -> Iterator[tuple[int, int]]:
         """(index, entry) of the data clusters of the table at `offset`."""

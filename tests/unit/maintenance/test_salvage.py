@@ -132,6 +132,17 @@ def test_an_l1_table_without_entries_is_believed(image: Image, tmp_path: Path) -
     assert (tmp_path / "out.raw").stat().st_blocks == 0
 
 
+@pytest.mark.parametrize("other", ["another table", "the L1 table"])
+def test_tables_that_overlap_are_guessed(image: Image, tmp_path: Path, other: str) -> None:
+    """The entry of one of them leads to another guest range's data."""
+    built = damaged(
+        image, None, l1_entries={1: lambda b: b.l2_offsets[0] if other == "another table" else b.l1_offset}
+    )
+    found, _ = rescue(built.path, tmp_path / "out.raw")
+    assert found.guessed == ({0, 1} if other == "another table" else {1})
+    assert raw_reader(tmp_path / "out.raw")(0, 8 * CS) == built.read(0, 8 * CS)
+
+
 def test_ranges(image: Image, tmp_path: Path) -> None:
     built = damaged(image, None, entries={9: 12345})
     _, ranges = rescue(built.path, tmp_path / "out.raw")
