@@ -33,7 +33,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -175,7 +175,7 @@ class Bench:
                 self.results.failures.append(f"{row.name}, {contender}: {e}")
         return self._measure(row, contender, round_, prove)
 
-    def _command(self, contender: str, row: Row, image: Path, address: Path) -> list[str]:
+    def _command(self, contender: str, row: Row, image: Path | str, address: Path) -> list[str]:
         o = self.options
         return servers.command(contender, row, image, self.images.size(row), address, o.threads, o.plugin, o.param)
 
@@ -183,6 +183,19 @@ class Bench:
         if contender == FLOOR:
             return contextlib.nullcontext(Path(os.devnull))
         return self.images.for_run(row, "raw" if contender in (RAW, PLAIN) else "qed")
+
+    @contextlib.contextmanager
+    def _place(self, row: Row, image: Path) -> Iterator[Path | str]:
+        """Where the server finds the image: its path, or its URI on another server."""
+        if not row.remote:
+            yield image
+            return
+        address = self._tmp / "back"
+        with Server(
+            ["nbdkit", "-f", "-U", str(address), "file", str(image)], address, self._tmp / "back.log"
+        ) as server:
+            server.wait()
+            yield server.uri
 
     def _measure(self, row: Row, contender: str, round_: int, prove: bool) -> Sample:
         seconds = self.options.long_seconds if row.slices else self.options.seconds
@@ -192,12 +205,12 @@ class Bench:
         def sample(measured: Measured, cpu: float, rss: int) -> Sample:
             return Sample(**vars(measured), row=row.name, contender=contender, round=round_, cpu=cpu, rss=rss)
 
-        with self._image(row, contender) as image:
+        with self._image(row, contender) as image, self._place(row, image) as place:
             if row.work == "check":
                 return sample(*client.check(image))
             prove &= contender != FLOOR
             before = allocated(image) if prove and row.writes else 0
-            with Server(self._command(contender, row, image, address), address, self._tmp / "log") as server:
+            with Server(self._command(contender, row, place, address), address, self._tmp / "log") as server:
                 try:
                     cpu = 0.0
                     if row.work != "open":

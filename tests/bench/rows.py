@@ -18,7 +18,7 @@ OURS = "qed"
 QEMU = "qemu-nbd"  # its defaults: --aio=threads, --cache=writeback; qemu-img, where no server takes part
 QEMU_THREADS = "qemu-nbd-threads"  # for a QEMU with another default
 QEMU_IO_URING = "qemu-nbd-io_uring"
-RAW = "nbdkit-file"  # nbdkit's file plugin, on a raw file of the same content
+RAW = "nbdkit-file"  # nbdkit's file plugin (or nbd plugin, in remote rows), on a raw file of the same content
 FLOOR = "nbdkit-alone"  # a plugin in C that is part of it, and does nothing: what nbdkit and the client cost
 PLAIN = "nbdkit-python"  # plain.py: what Python costs besides
 CONTENDERS = (OURS, QEMU, QEMU_IO_URING, RAW, FLOOR, PLAIN, QEMU_THREADS)
@@ -36,6 +36,7 @@ class Row:
     bs: int = 4 * KiB  # bytes of a request
     depth: int = 16  # requests in flight on each connection
     connections: int = 1
+    remote: bool = False  # the image is on an NBD server of this machine
     flush_every: int = 0  # writes
     fio_fsync: int = 0  # fio's --fsync
     size: int = 0  # bytes of the guest device; 0: as --image-size and the like tell
@@ -62,6 +63,8 @@ class Row:
     def takes_part(self, contender: str) -> bool:
         if self.work == "check":
             return contender in (OURS, QEMU)
+        if self.remote and contender in (FLOOR, PLAIN):
+            return False
         if contender == FLOOR:
             return self.work in ("fio", "open") and self.image in ("full", "copy") or self.image in ("sparse", "half")
         if contender == PLAIN and self.curve:
@@ -89,6 +92,25 @@ ROWS = (
         image="empty",
         rw="randwrite",
         fio_fsync=32,
+    ),
+    Row("remote-1", "image on an NBD server: 4 KiB random read, depth 1", rw="randread", depth=1, remote=True),
+    Row("remote-16", "image on an NBD server: 4 KiB random read, depth 16", rw="randread", remote=True),
+    Row("remote-write", "image on an NBD server: 4 KiB random overwrite", image="copy", rw="randwrite", remote=True),
+    Row(
+        "remote-fsync",
+        "the same with a flush every 32",
+        image="copy",
+        rw="randwrite",
+        flush_every=32,
+        remote=True,
+    ),
+    Row(
+        "remote-seqread",
+        "image on an NBD server: 256 KiB sequential read, depth 8",
+        rw="read",
+        bs=256 * KiB,
+        depth=8,
+        remote=True,
     ),
     Row("copy-out", "nbdcopy out, {image}", work="copy-out"),
     Row("copy-in", "nbdcopy in, {image}", work="copy-in", image="target"),

@@ -47,15 +47,23 @@ def run(*command: str | os.PathLike[str], accept: Sequence[int] = (0,)) -> str:
 
 
 def command(
-    contender: str, row: Row, image: Path, size: int, address: Path, threads: int, plugin: Path, params: Sequence[str]
+    contender: str,
+    row: Row,
+    image: Path | str,
+    size: int,
+    address: Path,
+    threads: int,
+    plugin: Path,
+    params: Sequence[str],
 ) -> list[str]:
-    """The server's command line.  size: bytes of the device, for who has no image."""
+    """The server's command line.  image: a path, or a URI in remote rows; size: bytes of the device, for those
+    without an image."""
     nbdkit = ["nbdkit", "-f", "-U", str(address), "-t", str(threads)]
     qemu_nbd = ["qemu-nbd", "-t", "-e", "64", "-f", "qed", "-k", str(address)]
     if contender == OURS:
         return [*nbdkit, "python", str(plugin), f"file={image}", *params]
     if contender == RAW:
-        return [*nbdkit, "file", str(image)]
+        return [*nbdkit, "nbd", f"uri={image}"] if row.remote else [*nbdkit, "file", str(image)]
     if contender == PLAIN:
         return [*nbdkit, "python", str(Path(__file__).with_name("plain.py")), f"file={image}"]
     if contender == FLOOR:
