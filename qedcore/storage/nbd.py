@@ -29,6 +29,7 @@ import hashlib
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Callable
 
 from ..errors import NotWritableError, StorageError, UnreachableError
@@ -101,7 +102,7 @@ class NbdStorage(Storage):
         self._connecting = False
         self._closed = False
         self._log = ReplayLog()
-        self._writing: dict[Write, None] = {}
+        self._writing: dict[Write, None] = {}  # in flight; each step of the interpreter on it is atomic
         self._doubts = RangeSet()  # where a write had no answer
         self._session: Session | None = None
         self._old: Session | None = None  # the last one, which may still have requests on their way
@@ -210,7 +211,7 @@ class NbdStorage(Storage):
                 write.overtaken = False
                 return False  # the server may have it before or after the other one (I9)
             self._log.add(write.offset, write.end - write.offset, write.data)
-            for other in self._writing:
+            for other in list(self._writing):  # one step; those that come later are sent later, and newer
                 if other.offset < write.end and write.offset < other.end and other is not write:
                     other.overtaken = True
         return True
@@ -323,7 +324,7 @@ class NbdStorage(Storage):
             raise StorageError(f"{what}: it has {self.size()} bytes", code=errno.ENOSPC)
         start, end = self._blocks(offset, len(view))
         uneven = (start, end) != (offset, offset + len(view))
-        with self._busy.hold(start, end, uneven):
+        with self._busy.hold(start, end, uneven) if self._block > 1 else nullcontext():
             if uneven:
                 view = self._filled(view, offset, start, end)
             try:
@@ -363,8 +364,7 @@ class NbdStorage(Storage):
             return self._call(write)
         if self._log.cost > KEPT_BYTES:
             self.flush()
-        with self._cond:
-            self._writing[write] = None
+        self._writing[write] = None  # without the lock: one step, before it is sent
         try:
             self._call(write, write)
         except BaseException as error:
@@ -372,8 +372,7 @@ class NbdStorage(Storage):
                 self._settle(write)
             raise
         finally:
-            with self._cond:
-                del self._writing[write]
+            del self._writing[write]
 
     def _settle(self, failed: Write) -> None:
         """The server has refused a write, and may have carried out some of it: what is there now must stay (I8)."""
