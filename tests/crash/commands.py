@@ -21,8 +21,8 @@ from support.qed_image import Geometry, ImageSpec, QedFile, build
 from support.qemu import qemu_img
 
 from qedcore.cli.main import main
+from qedcore.storage.file import punch_hole
 
-CS = 4 * KiB
 _SLACK = 64 * KiB  # bytes on disk that a command may add: a few tables
 
 
@@ -87,10 +87,12 @@ class Case:
         self.out = directory / "out"
         wanted = self.command.backing
         backing = rng.random() < 0.5 if wanted is None else wanted
-        geometry = Geometry(CS, rng.choice((1, 1, 2, 4)))
+        cs = rng.choice((4 * KiB, 4 * KiB, 64 * KiB))
+        geometry = Geometry(cs, rng.choice((1, 1, 2, 4)))
         entries = geometry.entries
-        size = rng.choice((40, entries + 30, 3 * entries)) * CS + rng.choice((0, 512, CS - 512))
-        last = -(-size // CS) - 1
+        small = (40, entries + 30, 3 * entries) if cs == 4 * KiB else (40,)
+        size = rng.choice(small) * cs + rng.choice((0, 512, cs - 512))
+        last = -(-size // cs) - 1
         hot = [*range(12), entries - 1, entries, entries + 3, 2 * entries, 2 * entries + 1, last - 1, last]
         layout = {n: rng.choice(("data", "data", "zero", "-")) for n in hot if n <= last and rng.random() < 0.6}
         layout[rng.randrange(last)] = "data"
@@ -98,19 +100,23 @@ class Case:
             base = stamp(9, 0, size // 2 // 512 * 512)
             (directory / "base").write_bytes(base)
             (directory / "same").write_bytes(base)
-            (directory / "other").write_bytes(bytes(7 * CS) + base[7 * CS :])
+            (directory / "other").write_bytes(bytes(7 * cs) + base[7 * cs :])
         self.spec = ImageSpec(
             size=size,
-            cluster_size=CS,
+            cluster_size=cs,
             table_size=geometry.table_size,
             layout=layout,
             reverse=rng.random() < 0.3,
             l1_last=rng.random() < 0.3,
-            litter=littering(rng, CS, geometry.table_size),
+            litter=littering(rng, cs, geometry.table_size),
             backing="base" if backing else None,
             no_probe=backing,
         )
-        build(self.path, self.spec)
+        built = build(self.path, self.spec)
+        if cs > 4 * KiB and rng.random() < 0.7:  # as a guest that writes little leaves them
+            with open(self.path, "r+b") as file:
+                for offset in built.offsets.values():
+                    punch_hole(file.fileno(), offset + 4 * KiB, cs - 4 * KiB)
         self.size = rng.randrange(1, size // 512) * 512
         self.before = guest(self.path)
 

@@ -95,6 +95,8 @@ class Disk(MemoryStorage):
 class Setup:
     """An image to crash: its first content, its backing file, and how to open a state of it."""
 
+    counts = True  # the image is not too large for its leaks to be found
+
     def __init__(self, directory: Path, shape: Shape, backing: bool, *, medium: Medium = FILE, **spec: Any) -> None:
         self.shape = shape
         self.sectors = shape.size // SECTOR
@@ -178,7 +180,7 @@ class Setup:
         # No leak is what follows the last whole cluster; nor, where the size is fixed, the last one in use.
         end = last if self.medium.fixed else len(content) // self.shape.cluster_size
         leaks = [cluster for cluster in report.leaks if cluster < end]
-        if space and leaks:
+        if space and leaks and self.counts:
             raise Violation(f"{name}: clusters {leaks[:5]} leak, {len(leaks)} in all")
 
     def hot(self, rng: random.Random) -> list[int]:

@@ -11,7 +11,7 @@ reader says what that is.  An entry that leads nowhere hides its cluster, and ne
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,13 @@ _STATES = 40  # of a life are looked at
 _TRIES = 60  # states in which something is looked for
 
 
-def first(directory: Path, rng: random.Random, shape: str | None = None) -> Setup:
+def first(
+    directory: Path,
+    rng: random.Random,
+    shape: str | None = None,
+    medium: Medium | None = None,
+    backing: bool | None = None,
+) -> Setup:
     """An image, sound, and often full of leaks and holes."""
     name = shape or rng.choice(("4K/1", "4K/1", "4K/2", "4K/4"))
     spec: dict[str, Any] = {}
@@ -56,10 +62,10 @@ def first(directory: Path, rng: random.Random, shape: str | None = None) -> Setu
         spec["layout"] = dict.fromkeys(rng.sample(range(1100), 12), "data")
     spec["l1_last"] = rng.random() < 0.2
     spec["reverse"] = rng.random() < 0.2
-    medium = rng.choice(MEDIA)
+    medium = medium or rng.choice(MEDIA)
     if not medium.fixed:
         spec["trailing"] = rng.choice((b"", b"", b"trailing" * 448))
-    return Setup(directory, SHAPES[name], rng.random() < 0.4, medium=medium, **spec)
+    return Setup(directory, SHAPES[name], rng.random() < 0.4 if backing is None else backing, medium=medium, **spec)
 
 
 class Life:
@@ -82,6 +88,8 @@ class Life:
 class Guests(Life):
     """Guests, few or many requests: a table that nobody reads is not noticed."""
 
+    mixes: Sequence[Sequence[int]] = (MIX, (80, 0, 0, 20, 0, 0), (50, 5, 30, 10, 0, 5))
+
     def run(self) -> tuple[int, State]:
         rng = self.rng
         history = record(
@@ -90,7 +98,7 @@ class Guests(Life):
             threads=rng.choice((1, 1, 3)),
             requests=rng.choice((1, 2, 3, 8)),
             phases=1,
-            mix=rng.choice((MIX, (80, 0, 0, 20, 0, 0), (50, 5, 30, 10, 0, 5))),
+            mix=rng.choice(self.mixes),
             errors=rng.choice((0.0, 0.0, 0.0, 0.05)),
         )
         return judged(self.setup, history, rng)
@@ -151,11 +159,13 @@ class Qemu(Life):
 class Command(Life):
     """A command, on whatever there is: the guest's bytes are the same before and after, and at every crash."""
 
+    name = ""  # one of COMMANDS, or any of them
+
     def run(self) -> tuple[int, State]:
         setup, rng = self.setup, self.rng
         history = History(setup)
         history.tell("watch", [sector + i for sector in setup.hot(rng) for i in range(8)])
-        name = rng.choice(("leaks", "leaks", "all", "all", "compact", "zeros", "tidy", "grow", "shrink"))
+        name = self.name or rng.choice(COMMANDS)
         with small_steps(setup.shape):
             try:
                 self._do(name, history)
@@ -186,7 +196,18 @@ class Command(Life):
                     resize(image, self.setup.shape.size)
 
 
-LIVES = {"guests": Guests, "qemu": Qemu, "command": Command}
+COMMANDS = ("leaks", "leaks", "all", "all", "compact", "zeros", "tidy", "grow", "shrink")
+
+
+class CheckAll(Command):
+    name = "all"
+
+
+class Trims(Guests):
+    mixes = ((50, 0, 45, 5, 0, 0),)
+
+
+LIVES = {"guests": Guests, "trims": Trims, "qemu": Qemu, "command": Command, "check -r all": CheckAll}
 
 
 def judged(setup: Setup, history: History, rng: random.Random) -> tuple[int, State]:
@@ -211,7 +232,7 @@ def plan(rng: random.Random) -> Iterator[str]:
         yield rng.choice(("guests", "command"))
 
 
-def play(directory: Path, rng: random.Random, lives: Iterator[str] | None = None, **start: Any) -> int:
+def play(directory: Path, rng: random.Random, lives: Iterable[str] = (), **start: Any) -> int:
     """A history; how many states were looked at.  Raises Violation and QEDError, whose notes tell what led there."""
     setup = first(directory, rng, **start)
     states = 0
