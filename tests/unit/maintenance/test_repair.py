@@ -373,7 +373,7 @@ def test_wrong_header_is_not_believed(image: Image, name: str) -> None:
 def behind_tables(content: str) -> dict[str, Any]:
     """A sound image that looks like one with tables twice as long: behind each lie leaks, a table's worth."""
     # Clusters 1, 2: L1; 3, 4: leaks; 5: data; 6, 7: L2; 8, 9: leaks; 10: data; 11, 12: L2; 13 to 17: leaks.
-    old = struct.pack("<3Q", 0, 15 * CS, 17 * CS).ljust(CS, b"\0")
+    old = struct.pack("<3Q", 15 * CS, 16 * CS, 17 * CS).ljust(CS, b"\0")
     contents = {
         "holes": [b"", b""],
         "zeros": [bytes(CS)] * 2,
@@ -383,10 +383,10 @@ def behind_tables(content: str) -> dict[str, Any]:
     behind = iter([contents["zeros"], contents[content], contents["zeros" if content == "old tables" else content]])
     return {
         **SMALL,
-        "size": 2 * E * CS,
+        "size": 8 * E * CS,
         "layout": {0: "data", E: "data"},
         "litter": lambda what: next(behind) if what == "table" else [],
-        "leaks": 3,
+        "leaks": 3 if content.startswith("old") else 0,
     }
 
 
@@ -397,12 +397,12 @@ def test_header_of_a_sound_image_is_believed(image: Image, content: str) -> None
     for everything in (False, True):
         image(**behind_tables(content))
         outcome, said = repair_file(built.path, everything)
-        assert not said and outcome.leaks_fixed >= 9 and not outcome.corruptions_fixed
+        assert not said and outcome.leaks_fixed >= 6 and not outcome.corruptions_fixed
         assert (read_header(built.path)["table_size"], assert_sound(built.path).leaks) == (2, [])
         assert guest(built.path, built) == expected(built)
 
 
-@pytest.mark.parametrize("content", ["holes", "zeros", "old tables", "old table"])
+@pytest.mark.parametrize("content", ["holes", "zeros", "old table"])
 def test_table_size_that_could_be_another_is_not_invented(image: Image, content: str) -> None:
     built = image(**behind_tables(content), header={"table_size": 3})
     before = built.path.read_bytes()
