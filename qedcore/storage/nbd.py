@@ -204,6 +204,8 @@ class NbdStorage(Storage):
 
     def _note(self, write: Write, session: Session) -> bool:
         """The write was answered in this session: it need not be sent again, unless False."""
+        if not self._can_flush:
+            return True  # it counts as durable
         with self._cond:
             if self._session is not session and not self._closed:
                 return False  # the next one may have been given the log already, without this write (I6)
@@ -360,8 +362,6 @@ class NbdStorage(Storage):
         return True
 
     def _write(self, write: Write) -> None:
-        if not self._can_flush:
-            return self._call(write)
         if self._log.cost > KEPT_BYTES:
             self.flush()
         self._writing[write] = None  # without the lock: one step, before it is sent

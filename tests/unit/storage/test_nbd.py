@@ -634,8 +634,12 @@ def test_reader_of_a_server_that_became_read_only(server: FakeServer, clock: Clo
     reader.close()
 
 
-def test_image_whose_new_cluster_had_no_answer(server: FakeServer, image: Callable[..., Built]) -> None:
-    """The guest is told of an error, and goes on elsewhere; then the server carries out what it had kept."""
+@pytest.mark.parametrize("cache", ["writeback", "unsafe"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["new cluster", "freed cluster"])
+def test_image_with_a_write_without_an_answer(
+    server: FakeServer, image: Callable[..., Built], cache: str, in_place: bool
+) -> None:
+    """The guest is told of an error, frees the place, and goes on elsewhere; then the server carries it out."""
     built = image(size=MiB, cluster_size=4 * KiB)
     server.crash()
     server.durable = built.path.read_bytes().ljust(4 * MiB, b"\xee")
@@ -647,12 +651,17 @@ def test_image_whose_new_cluster_had_no_answer(server: FakeServer, image: Callab
             server.disconnect()
             held.stop()
 
-    with qedcore.open_image(server.uri) as opened:
+    with qedcore.open_image(server.uri, cache=cache) as opened:
         opened.pwrite(b"used" * KiB, 0)
+        if in_place:
+            opened.pwrite(b"data" * KiB, 4 * KiB)
+            opened.flush()
         server.hook = hook
         with pytest.raises(UnreachableError):
             opened.pwrite(b"kept" * KiB, 4 * KiB)
         held.reached(5)
+        opened.trim(4 * KiB, 4 * KiB)
+        opened.flush()
         for i in range(2, 8):
             opened.pwrite(b"new!" * KiB, i * 4 * KiB)
         opened.flush()
