@@ -7,6 +7,7 @@ nbdkit-qed-plugin.pod tells the parameters.
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 import stat
@@ -23,9 +24,10 @@ SCRIPT = os.path.realpath(__file__)
 sys.path.insert(0, os.path.dirname(os.path.dirname(SCRIPT)))
 
 from qedcore import __version__  # noqa: E402
+from qedcore.backing.names import from_json_name, json_name  # noqa: E402
 from qedcore.engine.cluster_map import ZERO  # noqa: E402
 from qedcore.engine.prefetch import prefetch  # noqa: E402
-from qedcore.errors import QEDError, StorageError  # noqa: E402
+from qedcore.errors import QEDError, RequestError, StorageError  # noqa: E402
 from qedcore.server.affinity import Crowd, Seat  # noqa: E402
 from qedcore.server.exports import Exports, describe, make_exports  # noqa: E402
 from qedcore.server.parameters import Parameters  # noqa: E402
@@ -127,10 +129,30 @@ def fail(error: BaseException) -> NoReturn:
     raise error
 
 
+def refuse_other_bytes() -> None:
+    """nbdkit would refuse them, too, but not say what to do."""
+    advice = {b"file": "write file='{}'", b"dir": "start nbdkit in that directory, with dir=."}
+    with suppress(OSError), builtins.open("/proc/self/cmdline", "rb") as file:
+        for word in file.read().split(b"\0"):
+            key, _, value = word.partition(b"=")
+            try:
+                value.decode()
+            except UnicodeDecodeError:
+                if key in advice:
+                    tell_in_one_line()
+                    do = advice[key].format(json_name(os.fsdecode(value)))
+                    raise RequestError(f"{word!r} is not UTF-8, which nbdkit needs: {do}") from None
+
+
+refuse_other_bytes()
+
+
 @one_line_errors
 def config(key: str, value: str) -> None:
     if key in ("file", "dir", "backing_file"):
         value = os.fsdecode(value.encode())  # nbdkit takes it for UTF-8, whatever this system's locale
+        if key == "file" and value.startswith("json:"):
+            value = from_json_name(value)
         if key != "backing_file" and value and not is_uri(value):
             value = os.path.abspath(value)  # nbdkit changes directory before anything is opened
     parameters.take(key, value)

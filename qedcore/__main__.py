@@ -25,7 +25,7 @@ def main() -> NoReturn:
     from .cli.output import Output, errors, fill_descriptors
 
     fill_descriptors()
-    sys.stdout, sys.stderr = Output(sys.stdout), errors(sys.stderr)
+    sys.stdout, sys.stderr = Output(sys.stdout), errors()
     from .cli.main import main as run
 
     code = run()

@@ -10,7 +10,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from ..errors import UnsupportedError
+from ..errors import RequestError, UnsupportedError
 from ..storage.open import is_uri
 
 
@@ -43,6 +43,8 @@ def json_options(text: str) -> dict[str, str]:
     """
     import json
 
+    text = os.fsencode(text).decode("utf-8", "surrogateescape")  # JSON is UTF-8, whatever this system's locale
+
     def double_quoted(match: re.Match[str]) -> str:
         if match[0][0] == '"':
             return match[0]
@@ -52,10 +54,34 @@ def json_options(text: str) -> dict[str, str]:
         options = _flat(json.loads(re.sub(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", double_quoted, text)))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    for value in options.values():
-        if b"\0" in os.fsencode(value):  # also a ValueError for half a surrogate pair: no file is called so
+    for key, value in options.items():
+        data = value.encode(
+            "utf-8", "surrogateescape"
+        )  # a ValueError for half a surrogate pair: no file is called so
+        if b"\0" in data:
             raise ValueError("NUL in a string")
+        options[key] = os.fsdecode(data)
     return options
+
+
+def json_name(path: str) -> str:
+    """The name of a QED image at `path` in ASCII: bytes that are not UTF-8 are written as U+DC80 to U+DCFF."""
+    import json
+
+    path = os.fsencode(path).decode("utf-8", "surrogateescape")
+    return "json:" + json.dumps({"driver": "qed", "file": {"driver": "file", "filename": path}})
+
+
+def from_json_name(name: str) -> str:
+    """The path or URI of the QED image that json:{...} names.  Raises RequestError."""
+    try:
+        where = from_options(json_options(name[len("json:") :]), name, "")
+    except (ValueError, UnsupportedError) as error:
+        raise RequestError(f"{name} is not the name of a QED image: {error}") from None
+    place = where.path or where.uri
+    if place is None or where.format not in (None, "qed"):
+        raise RequestError(f"{name} is not the name of a QED image in a file or on an NBD server")
+    return place
 
 
 # nbd:HOST:PORT[:exportname=NAME] and nbd:unix:PATH[:exportname=NAME]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import io
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import QEDError
+from . import progress, qemu_img
 from .messages import PROGRAM, did_you_mean
 from .open import to_be_checked, trace
 from .output import Output
@@ -125,11 +125,15 @@ class Terminated(SystemExit):
     """SIGTERM or SIGHUP has come: an exception, so that temporary files are removed.  `code` is the exit code."""
 
 
-_FATAL = (signal.SIGTERM, signal.SIGHUP)
+_FATAL = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _AFTER_SIGNAL = 128  # and its number: the exit code, as a shell has it
 
 
 def _terminate(number: int, _: object) -> NoReturn:
+    for other in _FATAL:
+        signal.signal(other, signal.SIG_IGN)  # the end has begun, and is not to be interrupted
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise Terminated(_AFTER_SIGNAL + number)
 
 
@@ -173,8 +177,6 @@ def _ended_by(number: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code.  Standard output has been flushed then."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
     try:
         try:
             args = parse(sys.argv[1:] if argv is None else argv)
@@ -190,23 +192,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, Output):
         sys.stdout.needed(not changes)
     failure = getattr(args.module, "FAILURE", EXIT_FAILURE)
-    before = {number: signal.getsignal(number) for number in (*_FATAL, signal.SIGINT)}
-    interrupt = before[signal.SIGINT]
+    before = {number: signal.getsignal(number) for number in (*_FATAL, signal.SIGUSR1)}
     try:
         for number in _FATAL:
             if before[number] is signal.SIG_DFL:  # nohup has SIGHUP ignored
                 signal.signal(number, _terminate)
-        if interrupt is signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if before[signal.SIGUSR1] is signal.SIG_DFL:
+            signal.signal(signal.SIGUSR1, progress.ask)
         gc.freeze()
         gc.enable()
+        qemu_img.objects += [word for text in args.object or () for word in ("--object", text)]
         if args.trace:
             trace(args.trace)
         return _output_lost(failure, int(args.module.run(args)), changes)
     except BrokenPipeError:
         return _broken_pipe()
     except (QEDError, OSError, KeyboardInterrupt) as error:
-        signal.signal(signal.SIGINT, interrupt)
         if args.debug:
             raise
         with suppress(OSError):  # perhaps it is what has failed
@@ -223,4 +224,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _ended_by(signalled.args[0] - _AFTER_SIGNAL)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # else all of it has ended
+                signal.signal(number, handler)

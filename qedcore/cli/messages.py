@@ -42,6 +42,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
+def print_json(facts: object) -> None:
+    """As qemu-img does: ASCII, and U+FFFD for what is not UTF-8 in a name."""
+    import json  # here, because mere text should not wait for it
+
+    text = os.fsencode(json.dumps(facts, indent=4, ensure_ascii=False)).decode("utf-8", "replace")
+    print(re.sub("[^\0-\x7f]+", lambda match: json.dumps(match[0])[1:-1], text))
+
+
 def notice(line: str) -> None:
     """Say on standard error what was done besides the task, such as a repair; for open_image's `log`."""
     print(f"{PROGRAM}: {line}", file=sys.stderr)

@@ -7,11 +7,31 @@ gone.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
 import select
+import sys
 from typing import Any
+
+# Names of files are bytes, and are printed as such, in any locale and whatever PYTHONIOENCODING says.
+_ENCODING = sys.getfilesystemencoding()
+_AS_BYTES = "qed.as_bytes"
+
+
+def _as_bytes(error: UnicodeError) -> tuple[bytes, int]:
+    """An error handler: what the locale cannot say is the byte of a name that it stands for, or UTF-8."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    part = error.object[error.start : error.end]
+    try:
+        return part.encode("utf-8", "surrogateescape"), error.end
+    except UnicodeEncodeError:
+        return part.encode("utf-8", "backslashreplace"), error.end
+
+
+codecs.register_error(_AS_BYTES, _as_bytes)
 
 
 def fill_descriptors() -> None:
@@ -58,11 +78,11 @@ class Output(io.TextIOWrapper):
         self._descriptor = _Descriptor(1, True)
         buffer: Any = io.BufferedWriter(self._descriptor)
         terminal = self._descriptor.isatty()
-        encoding, write_through = "utf-8", False
+        write_through = False
         if before is not None:
             before.flush()
-            encoding, write_through = before.encoding, before.write_through
-        super().__init__(buffer, encoding, "surrogateescape", line_buffering=terminal, write_through=write_through)
+            write_through = before.write_through
+        super().__init__(buffer, _ENCODING, _AS_BYTES, line_buffering=terminal, write_through=write_through)
 
     def needed(self, needed: bool) -> None:
         """Whether the command is to end when nobody reads its output any more."""
@@ -79,8 +99,7 @@ class Output(io.TextIOWrapper):
         return f"cannot write to standard output: {error.strerror}"
 
 
-def errors(before: Any) -> io.TextIOWrapper:
+def errors() -> io.TextIOWrapper:
     """In the place of sys.stderr: when nobody can be told, the work goes on."""
     buffer: Any = io.BufferedWriter(_Descriptor(2, False))
-    encoding = "utf-8" if before is None else before.encoding
-    return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True)
+    return io.TextIOWrapper(buffer, _ENCODING, _AS_BYTES, line_buffering=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Callable
 
 
 class RateLimit:
@@ -24,37 +27,73 @@ class RateLimit:
             time.sleep(max(0.0, self._started + self._done / self._rate - time.monotonic()))
 
 
+# Those who answer when SIGUSR1 asks how far the command is; the last one does.
+_askable: list[Callable[[int], None]] = []
+
+
+@contextmanager
+def asked_for_progress(answer: Callable[[int], None]) -> Iterator[None]:
+    """Until the block ends, SIGUSR1 calls `answer` with its number; the work goes on."""
+    _askable.append(answer)
+    try:
+        yield
+    finally:
+        _askable.remove(answer)
+
+
+def ask(number: int, _: object = None) -> None:
+    """The handler of SIGUSR1."""
+    if _askable:
+        _askable[-1](number)
+    else:
+        _tell(0.0)
+
+
+def _tell(percent: float) -> None:
+    """As qemu-img does.  Not through sys.stderr, which may just be in use."""
+    with suppress(OSError):
+        os.write(2, f"    ({percent:.2f}/100%)\n".encode())
+
+
 class Progress:
-    """How far a command is, of `total` (bytes, or anything).
+    """How far a command is, of `total` (bytes, or percent, as `unit` says), also for SIGUSR1.
 
     With -p as qemu-img prints it; else, on a terminal and without -q, a bar if tqdm is installed; else nothing.
+    `silent`: for a command that prints other things meanwhile.
     """
 
-    def __init__(self, args: argparse.Namespace, total: float, label: str = "") -> None:
+    def __init__(self, args: argparse.Namespace, total: float, unit: str = "B", silent: bool = False) -> None:
         self._total = total
-        self._percent = -1.0
+        self._done = 0.0
+        self._percent = -1.0  # that was printed last
         self._stopped = False
-        self._lines = args.progress and not args.quiet
+        self._lines = args.progress and not args.quiet and not silent
         self._bar: Any = None
-        if not self._lines and not args.quiet and sys.stderr.isatty():
+        self._asked = asked_for_progress(lambda number: _tell(self._fraction()))
+        if not (self._lines or silent or args.quiet) and sys.stderr.isatty():
             try:
                 tqdm = importlib.import_module("tqdm").tqdm
             except ImportError:
                 return
-            self._bar = tqdm(
-                total=total, desc=label or None, unit="B", unit_scale=True, unit_divisor=1024, leave=False
-            )
+            scaled = {"unit_scale": True, "unit_divisor": 1024} if unit == "B" else {}
+            self._bar = tqdm(total=total, unit=unit, leave=False, **scaled)
 
     def __enter__(self) -> Progress:
+        self._asked.__enter__()
         self.update(0)
         return self
 
+    def _fraction(self) -> float:
+        """In percent."""
+        return min(100 * self._done / self._total, 100.0) if self._total else 100.0 if self._done else 0.0
+
     def update(self, done: float) -> None:
         """`done` of the total is done."""
+        self._done = done
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
         elif self._lines:
-            percent = min(100 * done / self._total, 100.0) if self._total else 100.0 if done else 0.0
+            percent = self._fraction()
             # qemu-img prints steps of one percent
             if percent >= self._percent + 1 or percent == 100 != self._percent:
                 self._percent = percent
@@ -69,6 +108,7 @@ class Progress:
         self._stopped = True
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self._asked.__exit__(None, None, None)
         if kind is None and not self._stopped:
             self.finish()
         if self._bar is not None:

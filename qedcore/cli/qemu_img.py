@@ -7,12 +7,19 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError, UnsupportedError
 from .messages import PROGRAM
+from .progress import Progress, asked_for_progress
+
+if TYPE_CHECKING:
+    import subprocess
+    import threading
 
 QEMU_IMG_VARIABLE = "QED_QEMU_IMG"  # environment: the qemu-img for other formats, instead of the one in PATH
+
+objects: list[str] = []  # --object of the command line, for every qemu-img that works for it
 
 
 def find_qemu_img() -> str | None:
@@ -32,22 +39,60 @@ def delegate(args: argparse.Namespace, what: str) -> int:
 
     Raises UnsupportedError when there is no qemu-img.
     """
-    program = find_qemu_img()
-    if program is None:
-        raise UnsupportedError(f"{what} needs qemu-img, which is not installed")
-    return run_signed([program, *args.argv])
+    return run_signed([needed(what), *args.argv], args if args.progress else None)
 
 
-def run_signed(command: list[str]) -> int:
-    """Run qemu-img (or nbdkit with it), signing its messages with our name; its exit code."""
-    import subprocess
+def run_signed(command: list[str], args: argparse.Namespace | None = None) -> int:
+    """Run qemu-img, signing its messages with our name; its exit code.
+
+    With the command's `args`, qemu-img tells its progress, which is shown like that of other commands.
+    """
+    from .child import PIPE, child, exit_code
 
     sys.stdout.flush()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as child:
-        assert child.stderr is not None
-        for line in child.stderr:
-            sys.stderr.write(re.sub(r"^qemu-img: ", f"{PROGRAM}: ", line))
-    return child.returncode
+    if args is not None:
+        command = [*command[:2], "-p", *command[2:]]
+    with child(command, stdout=None if args is None else PIPE, stderr=PIPE) as process:
+        teller = sign(process)
+        if args is not None:
+            _follow(process, args)
+        with asked_for_progress(process.send_signal):
+            process.wait()
+        teller.join()
+    return exit_code(process)
+
+
+def sign(process: subprocess.Popen[bytes]) -> threading.Thread:
+    """A thread that prints what qemu-img or nbdkit has to say, signed with our name, until the end of that."""
+
+    import threading
+
+    def copy() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            sys.stderr.write(re.sub(r"^qemu-img: ", f"{PROGRAM}: ", os.fsdecode(line)))
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    return thread
+
+
+def _follow(process: subprocess.Popen[bytes], args: argparse.Namespace) -> None:
+    """Show the progress that qemu-img prints, and after it whatever else it prints."""
+    assert process.stdout is not None
+    text = ""
+    with Progress(args, 100, unit="%") as progress:
+        while True:
+            data = os.read(process.stdout.fileno(), 4096)
+            *parts, text = re.split(r"    \(([0-9.]+)/100%\)\r", text + os.fsdecode(data))
+            for percent in parts[1::2]:
+                progress.update(float(percent))
+            text = "".join(parts[::2]) + text
+            if not data:
+                break
+        if process.wait():
+            progress.stop()
+    sys.stdout.write(text.removesuffix("\n"))  # which ends the line of the progress
 
 
 def option_words(**options: object) -> list[str]:
@@ -86,13 +131,20 @@ def needed(what: str) -> str:
 def answer(command: str, words: Sequence[str], what: str) -> Any:
     """What `qemu-img command --output=json` says of an image.  Raises RequestError, UnsupportedError."""
     import json
+
+    return json.loads(ask_qemu_img([needed(what), command, *objects, "--output=json", *words]))
+
+
+def ask_qemu_img(command: list[str]) -> str:
+    """What qemu-img prints.  Raises RequestError with its message."""
     import subprocess
 
-    argv = [needed(what), command, "--output=json", *words]
-    done = subprocess.run(argv, capture_output=True, text=True, errors="replace", check=False)
+    from .child import end_with_parent
+
+    done = subprocess.run(command, capture_output=True, check=False, preexec_fn=end_with_parent())
     if done.returncode:
-        raise RequestError(done.stderr.strip().partition(": ")[2])
-    return json.loads(done.stdout)
+        raise RequestError(os.fsdecode(done.stderr).strip().partition(": ")[2])
+    return os.fsdecode(done.stdout)
 
 
 def virtual_size(words: Sequence[str], what: str) -> int:

@@ -211,7 +211,12 @@ convert -f nonsense disk.qed out
 convert -O qcow2 -o help
 convert -O qed -o help
 convert -O raw -o help
-convert -O qcow2 -o encrypt.format=luks,encrypt.key-secret=s disk.qed out
+convert -O qcow2 --object secret,id=s,data=abc disk.qed out
+convert -O qcow2 --object nonsense,id=s disk.qed out
+create -f qcow2 --object nonsense,id=s n.qcow2 1M
+convert -O qed --object nonsense,id=s other.qcow2 out
+compare --object nonsense,id=s disk.qed other.qcow2
+measure -O qcow2 --object nonsense,id=s disk.qed
 measure -O qcow2 -o nonsense=1 disk.qed
 measure -O qcow2 --size 1M
 measure -O raw -o nonsense=1 --size 1M

@@ -169,7 +169,6 @@ ELSEWHERE = {
     "cli.images": "interop/test_qed_commands.py",
     "cli.messages": "interop/test_qed_commands.py",
     "cli.nbdkit": "interop/test_qed_commands.py",
-    "cli.parser": "unit/cli/test_main.py",
     "engine.cluster_locks": "crash/test_cluster_locks.py",
     "engine.reclaim": "unit/engine/test_allocator.py",
     "maintenance.header_fit": "unit/maintenance/test_repair.py",

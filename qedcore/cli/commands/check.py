@@ -13,7 +13,7 @@ from ...errors import ImageFormatError, RequestError, StorageError, UnsupportedE
 from ...format.header import Header, read_header
 from ...storage import Storage
 from ..locate import Location, find_format, is_ours, locate
-from ..messages import PROGRAM, notice, open_reason
+from ..messages import PROGRAM, notice, open_reason, print_json
 from ..open import open_file
 from ..options import add_output, add_shared, check_cache, only_image
 from ..progress import Progress
@@ -25,7 +25,7 @@ EXIT_CORRUPTIONS = 2
 EXIT_LEAKS = 3
 EXIT_UNSUPPORTED = 63
 
-_STEPS = 10_000  # of progress
+_STEPS = 100  # of progress: percent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, where: Location, storage: Storage) -> int:
     header, geometry, bounds = read_header(storage)
     report = (lambda damage: notice(str(damage))) if args.verbose and not args.quiet else _silent
-    with Progress(args, _STEPS) as progress:
+    with Progress(args, _STEPS, unit="%") as progress:
         update = _fraction(progress)
         found = Scan(storage, geometry, bounds, header.l1_table_offset, report=report, progress=update).run()
     return _finish(args, where, header, found)
@@ -86,7 +86,7 @@ def _repair(args: argparse.Namespace, where: Location, storage: Storage) -> int:
     notes: list[str] = []
     target: Storage = Rehearsal(storage) if args.dry_run else storage
     say = notes.append if args.dry_run else _silent if args.quiet else notice
-    with Progress(args, _STEPS) as progress:
+    with Progress(args, _STEPS, unit="%") as progress:
         repair = Repair(target, say=say, progress=_fraction(progress), rehearse=args.dry_run, force=args.force)
         outcome = repair.run(everything=args.repair == "all")
     if not args.dry_run:
@@ -129,10 +129,8 @@ def _finish(
         return EXIT_NOT_COMPLETED
     if not args.quiet:
         if args.output == "json":
-            import json  # here, because mere text should not wait for it
-
             found = facts(where.name, header, last, corruptions_fixed, leaks_fixed)
-            print(json.dumps(found if notes is None else {**found, "repairs": notes}, indent=4))
+            print_json(found if notes is None else {**found, "repairs": notes})
         else:
             print_human(header, last)
     if last.corruptions:

@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
         return delegate(args, f"comparing {places[0].name} ({formats[0]}) and {places[1].name} ({formats[1]})")
     served = formats.index("qed")
     other = 1 - served
-    words = ["compare", *option_words(f="raw", F=places[other].format, p=args.progress, q=args.quiet)]
+    words = ["compare", *option_words(f="raw", F=places[other].format, q=args.quiet)]
     place = places[served].place
     if place is None:
         raise CompareError(f"Could not open '{places[served].name}': not a local file", 2)
@@ -202,5 +202,6 @@ def run(args: argparse.Namespace) -> int:
         place,
         [*words, URI, places[other].name],
         f"comparing with {places[other].name} ({formats[other]})",
+        args,
         lock=not args.force_share,
     )

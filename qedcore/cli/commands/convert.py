@@ -184,7 +184,7 @@ def convert_here(args: argparse.Namespace, places: list[Location], target: Locat
 def _passed(args: argparse.Namespace) -> dict[str, object]:
     """Options that qemu-img is to take over."""
     return {
-        "p": args.progress, "q": args.quiet, "r": args.rate, "m": args.coroutines, "W": args.out_of_order,
+        "q": args.quiet, "r": args.rate, "m": args.coroutines, "W": args.out_of_order,
         "-salvage": args.salvage,
     }  # fmt: skip
 
@@ -207,7 +207,7 @@ def to_foreign(args: argparse.Namespace, source: Location, target: Location) -> 
     assert source.place is not None
     with made as place:
         what, lock = f"converting to {target.format}", not args.force_share
-        must_succeed(serve(source.place, ["convert", *options, URI, place], what, lock=lock))
+        must_succeed(serve(source.place, ["convert", *options, URI, place], what, args, lock=lock))
 
 
 def from_foreign(args: argparse.Namespace, source: Location, format: str, target: Location) -> None:
@@ -219,7 +219,7 @@ def from_foreign(args: argparse.Namespace, source: Location, format: str, target
         options += ["--target-is-zero"] if args.target_is_zero else []
         if target.place is None:
             raise UnsupportedError(f"Could not open '{target.name}': not a local file")
-        must_succeed(serve(target.place, ["convert", *options, source.name, URI], what, writable=True))
+        must_succeed(serve(target.place, ["convert", *options, source.name, URI], what, args, writable=True))
         return
     name = f"{target.name}: error while converting qed"
     size = virtual_size([*given, source.name], what)
@@ -230,7 +230,7 @@ def from_foreign(args: argparse.Namespace, source: Location, format: str, target
         raise RequestError(f"{name}: Cannot resize device files")
     with new_file(name, target, cache=args.cache) as place:
         image.write(place)
-        must_succeed(serve(place, ["convert", *options, source.name, URI], what, writable=True))
+        must_succeed(serve(place, ["convert", *options, source.name, URI], what, args, writable=True))
         with open_end_point(Location(target.name, place, "qed")) as made:
             assert isinstance(made, QEDImage)
             if made.header.need_check:  # the server could not close it

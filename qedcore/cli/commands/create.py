@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 
 from ...backing.probe import probe
 from ...errors import QEDError, RequestError, StorageError, UnsupportedError
@@ -16,7 +14,7 @@ from ..locate import Location, backing_path, locate
 from ..messages import PROGRAM, open_reason
 from ..open import open_qed
 from ..options import add_shared, sized
-from ..qemu_img import delegate, find_qemu_img
+from ..qemu_img import delegate, find_qemu_img, virtual_size
 
 DEFAULT_FORMAT = "raw" if PROGRAM == "qemu-img" else "qed"  # who calls it qemu-img expects qemu-img's
 EPILOG = """\
@@ -81,11 +79,10 @@ def _size_by_qemu_img(path: str, format: str) -> int:
         raise UnsupportedError(
             f"a backing file called {path} (format {format}) needs qemu-img, which is not installed"
         )
-    command = [program, "info", "-U", "--output=json", "-f", format, path]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        raise UnsupportedError(done.stderr.strip().partition(f"'{path}': ")[2] or done.stderr.strip())
-    return int(json.loads(done.stdout)["virtual-size"])
+    try:
+        return virtual_size(["-U", "-f", format, "--", path], "a backing file")
+    except RequestError as error:
+        raise UnsupportedError(str(error).partition(f"'{path}': ")[2] or str(error)) from None
 
 
 def detect(backing: str, overlay: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from ...errors import QEDError, RequestError
@@ -20,6 +19,7 @@ from ...format.table import TableIO
 from ...storage import Storage
 from ...units import MiB
 from ..locate import locate
+from ..messages import print_json
 from ..open import open_file
 from ..options import add_output, add_shared, only_image
 
@@ -151,7 +151,7 @@ def dump(args: argparse.Namespace, storage: Storage) -> int:
     if tables:
         found["l2"] = tables
     if args.output == "json":
-        print(json.dumps(found, indent=4))
+        print_json(found)
         return 0
     if "header" in found:
         print_header(found["header"])

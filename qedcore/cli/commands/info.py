@@ -15,9 +15,10 @@ from ...format.header import FEATURE_NAMES, FEATURE_NO_PROBE, read_header
 from ...storage.open import is_uri
 from ...units import format_size
 from ..locate import Location, find_format, is_ours, locate, locate_backing, look
+from ..messages import print_json
 from ..open import open_qed
 from ..options import add_output, add_shared, only_image
-from ..qemu_img import delegate, find_qemu_img
+from ..qemu_img import ask_qemu_img, delegate, find_qemu_img, objects
 
 EPILOG = """\
 --verbose adds what qemu-img does not tell: table_size, features, and how many clusters of the file are in use (for
@@ -138,18 +139,14 @@ class Chain:
         program = find_qemu_img()
         if program is None:
             raise UnsupportedError(f"Could not open '{where.name}': describing it ({format}) needs qemu-img")
-        import subprocess  # here, because others should not wait for it
-
-        command = [program, "info", "--backing-chain", f"--output={self._args.output}", where.name]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode:
-            raise RequestError(done.stderr.strip().partition(": ")[2])
+        output = f"--output={self._args.output}"
+        done = ask_qemu_img([program, "info", *objects, "--backing-chain", output, "--", where.name])
         if self._args.output == "json":
             import json
 
-            self.layers += json.loads(done.stdout)
+            self.layers += json.loads(done)
         else:
-            self.tail = done.stdout
+            self.tail = done
 
 
 def print_human(facts: Facts) -> None:
@@ -183,9 +180,7 @@ def run(args: argparse.Namespace) -> int:
     chain = Chain(args)
     chain.follow(where)
     if args.output == "json":
-        import json
-
-        print(json.dumps(chain.layers if args.backing_chain else chain.layers[0], indent=4))
+        print_json(chain.layers if args.backing_chain else chain.layers[0])
         return 0
     for i, facts in enumerate(chain.layers):
         if i:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from ...errors import CorruptImageError, RequestError
 from ...format.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, round_up
 from ..creation import Options, check_geometry
 from ..images import EndPoint, runs
 from ..locate import find_format, is_ours, locate
+from ..messages import print_json
 from ..nbdkit import URI, serve
 from ..open import open_end_point
 from ..options import add_output, add_shared, sized
@@ -65,7 +65,7 @@ def measure(geometry: Geometry, size: int, image: EndPoint | None) -> tuple[int,
 
 def report(args: argparse.Namespace, required: int, full: int) -> int:
     if args.output == "json":
-        print(json.dumps({"required": required, "fully-allocated": full}, indent=4))
+        print_json({"required": required, "fully-allocated": full})
     else:
         print(f"required size: {required}\nfully allocated size: {full}")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 
 from ...engine.raw import RawImage
@@ -15,6 +14,7 @@ from ...units import parse_size
 from ..conversion import new_target
 from ..creation import Options
 from ..locate import Location
+from ..messages import print_json
 from ..options import add_output, add_shared
 from ..progress import Progress
 
@@ -27,7 +27,7 @@ and no position had to be guessed, 2 otherwise, and 1 if nothing could be rescue
 EXIT_WHOLE = 0
 EXIT_INCOMPLETE = 2
 
-_STEPS = 10_000  # of progress
+_STEPS = 100  # of progress: percent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if local and os.path.exists(out) and os.path.samefile(name, out):
             raise RequestError(f"{out} is the image itself")
-        with Progress(args, _STEPS) as progress:
+        with Progress(args, _STEPS, unit="%") as progress:
             salvage = Salvage(
                 storage,
                 cluster_size=cluster_size,
@@ -104,7 +104,7 @@ def _print(output: str, image: str, found: Found, ranges: list[Range]) -> None:
                 for piece in ranges
             ],
         }
-        print(json.dumps(facts, indent=4))
+        print_json(facts)
         return
     print(f"cluster_size {geo.cluster_size}, table_size {geo.table_size}, size {found.image_size}")
     for note in found.notes:
