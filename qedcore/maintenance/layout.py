@@ -11,7 +11,7 @@ from typing import Callable
 
 from ..engine.image import Metadata
 from ..errors import CorruptImageError, UnsupportedError
-from ..format.geometry import DANGLING, ENTRY, RESERVED_BITS, UNALLOCATED, ZERO_CLUSTER, is_marked
+from ..format.geometry import DANGLING, ENTRY, RESERVED_BITS, SECTOR, UNALLOCATED, ZERO_CLUSTER, is_marked
 from ..format.table import SMALL, Table, empty
 from ..storage.file import FAR
 
@@ -174,18 +174,20 @@ class Layout:
         geo = self._geometry
         base = 0
         while base < geo.table_entries:
+            n = min(geo.part_entries, geo.table_entries - base)
             if geo.table_bytes > SMALL:
-                at = offset() + base * ENTRY
-                base += (self._storage.next_data(at) - at) // geo.part_bytes * geo.part_entries
-                if base >= geo.table_entries:
-                    return
-            self._max_bytes -= geo.part_bytes
+                has_data, length = self._storage.data_run(offset() + base * ENTRY, (geo.table_entries - base) * ENTRY)
+                if not has_data:
+                    base += max(length // SECTOR, 1) * SECTOR // ENTRY
+                    continue
+                n = min(n, -(-length // SECTOR) * SECTOR // ENTRY)
+            self._max_bytes -= n * ENTRY
             if self._max_bytes < 0:
                 raise LimitError("the image has too many tables")
-            table = self._tables.read(offset() + base * ENTRY, geo.part_entries)
+            table = self._tables.read(offset() + base * ENTRY, n)
             if table.count(UNALLOCATED) != len(table):
                 yield base, table
-            base += geo.part_entries
+            base += n
 
     def _place(self, unit: int, offset: int) -> None:
         slot = offset >> self._geometry.l2_shift

@@ -279,6 +279,15 @@ class SmallDisk(MemoryStorage):
         later = [at for at in self.blocks if at + self.BLOCK > offset]
         return max(min(later), offset) if later else 1 << 63
 
+    def data_run(self, offset: int, length: int) -> tuple[bool, int]:
+        data = self.next_data(offset)
+        if data > offset:
+            return False, min(length, data - offset)
+        end = offset - offset % self.BLOCK
+        while end in self.blocks:
+            end += self.BLOCK
+        return True, min(length, end - offset)
+
     def pread_into(self, buf: Any, offset: int) -> None:
         self.bytes_read += len(buf)
         blocks = range(offset - offset % self.BLOCK, offset + len(buf), self.BLOCK)

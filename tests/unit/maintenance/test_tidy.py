@@ -36,9 +36,9 @@ def test_tidying_reads_each_byte_of_table_once_and_no_holes(image: Image) -> Non
         img.flush()
         disk.bytes_read = disk.holes_read = 0
         assert tidy(img) == 0
-    # One part of each table; and the cluster that is moved, with the sector of its entry and that of the header.
-    parts = (20 + 1) * img.geometry.part_bytes
-    assert parts <= disk.bytes_read <= parts + cs + 8 * KiB
+    # One block of each table; and the cluster that is moved, with the sector of its entry and that of the header.
+    blocks = (20 + 1) * SmallDisk.BLOCK
+    assert blocks <= disk.bytes_read <= blocks + cs + 8 * KiB
 
 
 @pytest.mark.parametrize("limit, value", [("TIDY_BYTES", 2 * CS), ("TIDY_CLUSTERS", 9), ("TIDY_TABLE_BYTES", CS)])
