@@ -1,6 +1,6 @@
 """Requests that only read: the read half of the state machine (the 2010 patch "qed: Read/write support"), extents.
 
-A request is cut into runs of one kind (cluster.lookup).
+A request is cut into runs of one kind (ClusterMap.lookup).
 
     kind             read                 write (write.py)
     FOUND            the file             in place: no lock, no metadata

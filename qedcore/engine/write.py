@@ -5,7 +5,7 @@ An allocating write:   gate > claim (cluster_locks) > look up > allocate > data,
   of one new cluster:  the same without head, tail and flush, if none of them is needed (_write_fresh_cluster)
 New zero clusters:     gate > L2 lock > look up > link
 Unlinking zero, trim:  gate > L2 lock > look up > link nothing, or zero clusters > free (reclaim.py)
-The L1 lock is taken inside link_table only.  request.py has the kinds of runs.
+The L1 lock is taken inside link_table only.  read.py has the kinds of runs.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from support.qed_image import F_NEED_CHECK, Built, QedFile, assert_sound
 import qedcore
 from qedcore.errors import QEDError
 from unit.check.damaged import CS, DAMAGED
-from unit.check.looks import Image, entries, scan
+from unit.check.scanned import Image, entries, scan
 from unit.fakes import CHANGES, FailAt, open_tapped
 
 

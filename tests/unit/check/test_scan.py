@@ -9,7 +9,7 @@ from support.patterns import GiB, MiB
 from support.qed_image import QedFile, assert_sound
 
 from unit.check.damaged import CS, DAMAGED, Bad, kind_of
-from unit.check.looks import Image, scan
+from unit.check.scanned import Image, scan
 
 SOUND: dict[str, dict[str, Any]] = {
     "empty": {},
