@@ -16,6 +16,7 @@ from support.patterns import GiB, KiB, MiB, assert_same
 from support.qed_image import F_NEED_CHECK, Built, QedFile, assert_sound
 
 import qedcore
+from qedcore.engine.chain import open_image
 from qedcore.errors import QEDError
 from unit.check.damaged import CS, DAMAGED
 from unit.check.scanned import Image, entries, scan
@@ -23,9 +24,9 @@ from unit.fakes import CHANGES, FailAt, open_tapped
 
 
 def repair(path: Path) -> list[str]:
-    """Open for writing and close; the notices."""
+    """Open for writing and close, without tidying; the notices."""
     notices: list[str] = []
-    qedcore.open_image(path, log=notices.append).close()
+    open_image(path, log=notices.append).close()
     return notices
 
 
