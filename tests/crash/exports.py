@@ -17,7 +17,7 @@ import errno
 import random
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,17 @@ REFUSALS = ("refuse", "refuse after", "half")
 
 
 class Clock:
-    """Time that passes when somebody waits."""
+    """Time that passes when somebody waits, for which `wait` runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait: Callable[[], None]) -> None:
         self.now = 0.0
+        self._wait = wait
 
     def __call__(self) -> float:
         return self.now
 
     def pause(self, seconds: float) -> None:
+        self._wait()
         self.now += seconds
 
 
@@ -106,7 +108,16 @@ class Server(FakeServer):
 
     def crash(self) -> None:
         """The end of all connections, whatever the reason."""
-        event, self._event = self._event, ""
+        with self._lock:  # whoever waits for a server that comes back at once waits for this (settle)
+            event, self._event = self._event, ""
+            self._end(event)
+
+    def settle(self) -> None:
+        """Return when what is happening to the server has happened."""
+        with self._lock:
+            pass
+
+    def _end(self, event: str) -> None:
         if event in ("cut", "cut after"):
             for broken in list(self._open):
                 with suppress(OSError):
@@ -183,9 +194,9 @@ def record_export(
     chances = dict.fromkeys(rng.sample(sorted(set(events)), rng.randint(1, len(set(events)))), each)
     if "away at flush" in chances:  # there are fewer of those
         chances["away at flush"] = 0.3
-    clock = Clock()
     tags = iter(range(1, 1 << 32))
     with exported(directory, history, rng, chances) as server, small_steps(setup.shape):
+        clock = Clock(server.settle)
         storage = NbdStorage(
             server.uri,
             UriPeer(server.uri, trusted=True),
