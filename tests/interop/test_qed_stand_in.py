@@ -129,7 +129,6 @@ def test_dd_keeps_what_is_there_until_it_is_done(both: tuple[Path, Path]) -> Non
 BENCH = """
 -c 10 disk.qed
 -c 10 -d 2 -s 64k -S 128k -o 64k disk.qed
--c 0 disk.qed
 -q -c 100 -f raw base.raw
 -w -c 20 -d 2 --pattern=17 disk.qed
 -w -c 20 -d 2 --flush-interval=5 -t none disk.qed
@@ -159,6 +158,14 @@ def test_bench(line: str, both: tuple[Path, Path]) -> None:
         out = qemu.qemu_img_ok("compare", both[0] / name, both[1] / name)
         assert out == "Images are identical.\n"
     qemu.assert_check_clean(both[1] / "disk.qed")
+
+
+def test_bench_of_nothing(both: tuple[Path, Path]) -> None:
+    """QEMU 10 refuses it."""
+    result = qed("bench", "-c", "0", "disk.qed", cwd=both[1])
+    start = "Sending 0 read requests, 4096 bytes each, 64 in parallel (starting at offset 0, step size 4096)\n"
+    assert (result.rc, result.err) == (0, "")
+    assert re.fullmatch(re.escape(start) + r"Run completed in 0\.[0-9]+ seconds\.\n", result.out)
 
 
 def test_bench_past_the_end(both: tuple[Path, Path]) -> None:

@@ -68,6 +68,6 @@ def older_output(text: str) -> str:
     if '"children": [' in text:
         told = json.loads(text)
         for image in told if isinstance(told, list) else [told]:
-            del image["children"]
+            image.pop("children", None)
         text = json.dumps(told, indent=4) + "\n"
     return text

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from support.tools import PLUGIN, REPO, TIMEOUT, require, unavailable
+from support.tools import PLUGIN, REPO, TIMEOUT, require, require_driver, unavailable
 
 STACKS = Path(__file__).with_name("stacks")
 
@@ -298,6 +298,7 @@ class QemuNbd:
 
     def __init__(self, image: str | os.PathLike[str], *, fmt: str = "qed", args: Sequence[str] = ()) -> None:
         require("qemu-nbd")
+        require_driver(["qemu-nbd", fmt])
         self.dir = Path(tempfile.mkdtemp(prefix="qedtest-"))
         self.socket = self.dir / "sock"
         self._argv = ["qemu-nbd", "--fork", "-f", fmt, "-t", "-e", "8", "-k", os.fspath(self.socket)]

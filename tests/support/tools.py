@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,25 @@ def require(*programs: str) -> None:
             unavailable(f"{program} is not installed")
 
 
+# A format or an image of QED in an argument, also within "json:" and --image-opts.
+_ASKS_FOR_QED = re.compile(r"(^|[=:\"'])qed($|[,\"'])|\.qed($|[,\"'])")
+
+
+@functools.cache
+def qemu_has_qed() -> bool:
+    """False where QEMU was built without its QED driver, as RHEL's is."""
+    with tempfile.TemporaryDirectory() as directory:
+        line = ["qemu-img", "create", "-q", "-f", "qed", os.path.join(directory, "image"), "64K"]
+        return subprocess.run(line, capture_output=True, timeout=TIMEOUT, check=False).returncode == 0
+
+
+def require_driver(argv: Sequence[str]) -> None:
+    """Skip if this is a program of QEMU that is to open QED images, which it cannot."""
+    if argv[0] in ("qemu-img", "qemu-io", "qemu-nbd") and any(map(_ASKS_FOR_QED.search, argv[1:])):
+        if not qemu_has_qed():
+            unavailable("this QEMU has no QED driver")
+
+
 @dataclass(frozen=True)
 class Result:
     rc: int
@@ -52,6 +74,7 @@ def run(
     """Run a program to its end; never raises for its exit code."""
     argv = [os.fspath(a) for a in args]
     require(argv[0])
+    require_driver(argv)
     done = subprocess.run(
         argv,
         cwd=cwd,
