@@ -173,7 +173,7 @@ def test_an_image_that_is_changed_stays_whole(name: str, tmp_path: Path, tracer:
 
     place, _ = prepare(0)
     calls = tracer.calls(command, CHANGES, place)
-    assert len(calls) > 3
+    assert len(calls) > 1
     for when in _points(len(calls)):
         place, before = prepare(when)
         path = place / "image.qed"
@@ -236,7 +236,7 @@ def test_a_target_is_whole_or_not_there(exists: bool, name: str, tmp_path: Path,
     if exists:
         target.write_bytes(b"old")
     calls = tracer.calls(command, CHANGES, tmp_path)
-    assert len(calls) > 3
+    assert len(calls) > 1
     complete = target.read_bytes()
     named = max(i for i, call in enumerate(calls, 1) if "rename" in call)
     for when in _points(named):
