@@ -153,7 +153,7 @@ class Repair:
         if scan.result.corruptions:
             if scan.result.leaks:
                 self._say("leaked clusters are left alone: they may hold what a damaged entry meant")
-        else:
+        elif not self._keeps_leaks(scan.use):
             scan = self._reclaim(scan)
         outcome.last = scan.result
         outcome.corruptions_fixed = headers + max(outcome.first.corruptions - outcome.last.corruptions, 0)
@@ -515,6 +515,16 @@ class Repair:
             self._storage.pread_into(data, source + done)
             if data.count(0) != len(data):
                 self._storage.pwrite(data, target + done)
+
+    def _keeps_leaks(self, use: ClusterUse) -> bool:
+        """A table may have lost its place to the damage that was there before: then say so (I6)."""
+        orphan = next(self._orphans(use), None) if self.outcome.first.corruptions and not self._force else None
+        if orphan is not None:
+            self._say(
+                f"what is at {orphan:#x} looks like an L2 table that nothing leads to any more: leaked clusters are "
+                f"left alone: -r leaks gives them back"
+            )
+        return orphan is not None
 
     # -- 5: leaks ------------------------------------------------------------------------------------------------
 
