@@ -255,3 +255,15 @@ def test_only_the_top_image_is_copied(image: Image, tmp_path: Path, target: str,
     assert base in found and (where / "out").stat().st_size <= MiB and os.listdir(where) == ["out"]
     rows = qemu.qemu_img_ok("map", "--output=json", "-f", target, "sub/out", cwd=tmp_path)
     assert '"start": 65536, "length": 65536, "depth": 0' in rows and '"start": 0, "length": 65536, "depth": 1' in rows
+
+
+@pytest.mark.parametrize("given", ["-B {} -F qcow2", "-o backing_file={},backing_fmt=qcow2"])
+def test_names_of_backing_files_count_from_the_target(image: Image, tmp_path: Path, given: str) -> None:
+    """Compressed, which qemu-img does."""
+    image("source.qed", size=MiB, layout="-D")
+    qemu.qemu_img_ok("create", "-q", "-f", "qcow2", "base.qcow2", "1M", cwd=tmp_path)
+    (tmp_path / "sub").mkdir()
+    line = ["convert", "-c", "-O", "qcow2", *given.format("../base.qcow2").split(), "source.qed", "sub/out"]
+    qed_ok(*line, cwd=tmp_path)
+    qemu.qemu_img_ok("compare", "source.qed", "sub/out", cwd=tmp_path)
+    assert os.listdir(tmp_path / "sub") == ["out"]

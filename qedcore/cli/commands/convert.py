@@ -163,10 +163,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def has_backing(args: argparse.Namespace) -> bool:
+    """The target is to have a backing file."""
+    return args.backing is not None or any("backing_file=" in text for text in args.options)
+
+
 def copies_a_part(args: argparse.Namespace, target: Location) -> bool:
     """Only what the top image of the source has is to be copied, which qemu-img could not tell through NBD."""
-    based = args.backing is not None or any("backing_file=" in text for text in args.options)
-    return based and target.path is not None and not args.existing and not args.compress
+    return has_backing(args) and target.path is not None and not args.existing and not args.compress
 
 
 def convert_here(args: argparse.Namespace, places: list[Location], target: Location) -> None:
@@ -200,9 +204,12 @@ def to_foreign(args: argparse.Namespace, source: Location, target: Location) -> 
     options += ["--target-image-opts"] if args.target_image_opts else []
     in_place = args.existing or target.path is None or is_device(target.path)
     prefix = f"{target.name}: error while converting {target.format}"
-    # A format may record the name of its file, or make more of them, called after it.
+    # A format may record the name of its file, or make more of them, called after it; but the name of a backing file
+    # counts from where the target is.
     made = (
-        nullcontext(target.name) if in_place else new_file(prefix, target, cache=args.cache, apart=not args.backing)
+        nullcontext(target.name)
+        if in_place
+        else new_file(prefix, target, cache=args.cache, apart=not has_backing(args))
     )
     assert source.place is not None
     with made as place:
