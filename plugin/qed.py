@@ -27,7 +27,7 @@ from qedcore import __version__  # noqa: E402
 from qedcore.backing.names import from_json_name, json_name  # noqa: E402
 from qedcore.engine.cluster_map import ZERO  # noqa: E402
 from qedcore.engine.prefetch import prefetch  # noqa: E402
-from qedcore.errors import QEDError, RequestError, StorageError  # noqa: E402
+from qedcore.errors import QEDError, StorageError  # noqa: E402
 from qedcore.server.affinity import Crowd, Seat  # noqa: E402
 from qedcore.server.exports import Exports, describe, make_exports  # noqa: E402
 from qedcore.server.parameters import Parameters  # noqa: E402
@@ -139,9 +139,9 @@ def refuse_other_bytes() -> None:
                 value.decode()
             except UnicodeDecodeError:
                 if key in advice:
-                    tell_in_one_line()
                     do = advice[key].format(json_name(os.fsdecode(value)))
-                    raise RequestError(f"{word!r} is not UTF-8, which nbdkit needs: {do}") from None
+                    # An exception would be shown with a traceback here.
+                    sys.exit(f"qed: {word!r} is not UTF-8, which nbdkit needs: {do}")
 
 
 refuse_other_bytes()

@@ -23,6 +23,10 @@ class ImageFormatError(QEDError):
     errno = errno.EINVAL
 
 
+class NotQEDError(ImageFormatError):
+    """The file does not begin as QED images do."""
+
+
 class UnsupportedError(QEDError):
     """The image asks for something that this version does not do."""
 

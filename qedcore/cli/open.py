@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..backing.policy import BackingPolicy
-from ..errors import QEDError, RequestError, StorageError, UnsupportedError
+from ..errors import ImageFormatError, NotQEDError, QEDError, RequestError, StorageError, UnsupportedError
 from ..format.header import read_header
 from ..storage import Storage
 from ..storage.cache_mode import CacheMode, cache_mode
@@ -15,7 +15,7 @@ from ..storage.file_lock import Locking
 from ..storage.open import is_uri, open_storage
 from ..storage.open import open_file as open_local
 from .locate import Location, find_format
-from .messages import notice, open_reason
+from .messages import PROGRAM, notice, open_reason
 
 if TYPE_CHECKING:
     from ..engine.image import QEDImage
@@ -69,6 +69,8 @@ def open_qed(
         reason = open_reason(error, opened[-1] if opened else where.place)
         if len(opened) > 1:
             reason = f"Could not open backing file: {reason}"
+        elif isinstance(error, ImageFormatError) and not isinstance(error, NotQEDError) and PROGRAM == "qed":
+            reason += "\nqed: 'qed check -r all' repairs what it can; 'qed salvage' rescues what is left"
         raise RequestError(f"Could not open '{where.name}': {reason}") from error
 
 
@@ -113,7 +115,8 @@ _written: list[str] = []  # paths of all that open_qed has opened for writing
 
 def to_be_checked() -> str | None:
     """The path of an image that the command has left so when it was interrupted, or failed."""
-    for path in _written:
+    while _written:
+        path = _written.pop(0)  # it is told once
         with suppress(QEDError):
             storage = open_storage(path, writable=False)
             try:

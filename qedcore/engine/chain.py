@@ -12,10 +12,11 @@ from ..backing.names import BackingName, parse_name
 from ..backing.policy import BackingPolicy
 from ..backing.probe import probe
 from ..check.image_end import as_file
-from ..errors import ImageFormatError, StorageError, UnsupportedError
+from ..errors import ImageFormatError, NotQEDError, StorageError, UnsupportedError
 from ..format.header import FEATURE_NO_PROBE
 from ..storage import Storage, close_all
 from ..storage.cache_mode import CacheMode, cache_mode
+from ..storage.file import FileStorage
 from ..storage.file_lock import LockedError
 from ..storage.open import is_uri, open_storage
 from .image import DEFAULT_L2_CACHE, Parts, QEDImage
@@ -102,6 +103,8 @@ class ChainOpener:
                 log=self._log,
                 in_flight=None if self._images else self._in_flight,
             )
+        except NotQEDError as error:
+            raise NotQEDError(f"{storage.name}: {error}{_other_format(path)}") from None
         except (ImageFormatError, UnsupportedError) as error:
             raise type(error)(f"{storage.name}: {error}") from None
         self._images.append(image)
@@ -157,6 +160,21 @@ class ChainOpener:
         if where.words is not None:
             return open_foreign(where.words, "raw", self._mode, path)
         return self._opener(path, writable, self._mode)
+
+
+def _other_format(path: str) -> str:
+    """What the file at `path` is, which is no QED image, for its message."""
+    if is_uri(path):
+        return ""
+    try:
+        storage = FileStorage(path, writable=False)
+        try:
+            found = probe(storage)
+        finally:
+            storage.close()
+    except StorageError:
+        return ""
+    return f": it is a {found} image" if found != "raw" else ": it is raw, if it is an image"
 
 
 def open_image(

@@ -13,7 +13,7 @@ import os
 import struct
 from typing import NamedTuple
 
-from ..errors import ForeignWriterError, ImageFormatError, RequestError, StorageError, UnsupportedError
+from ..errors import ForeignWriterError, ImageFormatError, NotQEDError, RequestError, StorageError, UnsupportedError
 from ..locks import Rank, ranked_lock
 from ..storage import Storage
 from .geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Bounds, Geometry, check_device_size
@@ -82,7 +82,7 @@ def read_header(storage: Storage) -> tuple[Header, Geometry, Bounds]:
     storage.pread_into(data, 0)
     header = Header.unpack(bytes(data))
     if header.magic != MAGIC:
-        raise ImageFormatError(f"image not in QED format: magic is {header.magic:#010x}, not {MAGIC:#010x}")
+        raise NotQEDError(f"image not in QED format: magic is {header.magic:#010x}, not {MAGIC:#010x}")
     unknown = header.features & ~KNOWN_FEATURES
     if unknown:
         raise UnsupportedError(f"unsupported QED features: {unknown:x} (known: {KNOWN_FEATURES:x})")

@@ -8,7 +8,7 @@ from ..backing.policy import BackingPolicy
 from ..engine.chain import open_image
 from ..engine.image import DEFAULT_L2_CACHE, QEDImage
 from ..engine.in_flight import InFlight
-from ..errors import RequestError
+from ..errors import ImageFormatError, NotQEDError, RequestError
 from ..format.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, SECTOR, Geometry, check_device_size, round_up
 from ..storage import Storage
 from ..storage.cache_mode import CacheMode, cache_mode
@@ -143,18 +143,24 @@ class Parameters:
     ) -> QEDImage:
         """Open an image and its backing chain as the parameters say.  Raises QEDError."""
         trace = self._selection(self._values["trace"]) if "trace" in self._values else None
-        return open_image(
-            path,
-            writable,
-            cache=self._values.get("cache", "writeback"),
-            l2_cache=parse_size(self._values["l2_cache"]) if "l2_cache" in self._values else DEFAULT_L2_CACHE,
-            trace=trace,
-            trace_dialect=trace.dialect if trace else "7.2",
-            log=self.log,
-            opener=opener,
-            policy=self._policy,
-            in_flight=in_flight,
-        )
+        try:
+            return open_image(
+                path,
+                writable,
+                cache=self._values.get("cache", "writeback"),
+                l2_cache=parse_size(self._values["l2_cache"]) if "l2_cache" in self._values else DEFAULT_L2_CACHE,
+                trace=trace,
+                trace_dialect=trace.dialect if trace else "7.2",
+                log=self.log,
+                opener=opener,
+                policy=self._policy,
+                in_flight=in_flight,
+            )
+        except NotQEDError:
+            raise
+        except ImageFormatError as error:
+            advice = "qed check -r all repairs what it can, qed salvage rescues what is left"
+            raise ImageFormatError(f"{error}: {advice}") from None
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

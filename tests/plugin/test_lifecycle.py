@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from support import qemu
 from support.flight import Flight, check_fates
 from support.patterns import KiB, MiB, Op, assert_same, device, stamp
 from support.qed_image import Built, Geometry, QedFile, assert_sound, read_header
-from support.server import Nbdkit, disconnect, import_nbd, wait_for
-from support.tools import changed_plugin
+from support.server import Nbdkit, StartError, disconnect, import_nbd, wait_for
+from support.tools import PYTHON, REPO, changed_plugin, run
+
+from qedcore.backing.names import json_name
 
 Serve = Callable[..., Nbdkit]
 CS = 64 * KiB
@@ -271,3 +274,36 @@ def test_an_image_that_may_only_be_read(
         assert client.is_read_only() and client.pread(KiB, 0) == stamp(1, 0, KiB)
         client.shutdown()
     assert server.log().count("served read-only") == 1
+
+
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+    """The format of what is served by mistake; and what to do about a damaged image."""
+    qemu.qemu_img_ok("create", "-q", "-f", "qcow2", tmp_path / "x", "1M")
+    with pytest.raises(StartError, match="not in QED format.*: it is a qcow2 image"):
+        Nbdkit({"file": tmp_path / "x"}).start()
+
+
+def test_info_of_an_image_in_use(image: Callable[..., Built], serve: Serve) -> None:
+    """It has the mark of an unclean close, and nothing is wrong with it."""
+    built = image(layout="-")
+    server = serve(built.path)
+    client = server.connect()
+    client.pwrite(stamp(1, 0, KiB), 0)
+    command = [PYTHON, "-m", "qedcore", "info", "-U", built.path]
+    said = run(command, env={"PYTHONPATH": str(REPO)}).out
+    assert "another program is writing to it" in said and "not closed cleanly" not in said
+    client.shutdown()
+    server.stop()
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path, image: Callable[..., Built], serve: Serve) -> None:
+    """nbdkit hands over only UTF-8: json:{...} can say the rest, and who does not know is told."""
+    built = image(layout="D")
+    name = os.fsencode(tmp_path) + b"/caf\xe9.qed"
+    os.rename(built.path, name)
+    with pytest.raises(StartError) as refused:
+        Nbdkit([f"file={os.fsdecode(name)}"]).start()
+    assert refused.value.log.count("\n") == 1 and json_name(os.fsdecode(name)) in refused.value.log
+    client = serve(json_name(os.fsdecode(name))).connect()
+    assert client.pread(KiB, 0) == stamp(1, 0, KiB)
+    client.shutdown()

@@ -11,6 +11,7 @@ from qedcore import errors
 CODES = {
     "QEDError": errno.EIO,
     "ImageFormatError": errno.EINVAL,
+    "NotQEDError": errno.EINVAL,
     "UnsupportedError": errno.ENOTSUP,
     "CorruptImageError": errno.EIO,
     "RequestError": errno.EINVAL,

@@ -12,6 +12,7 @@ from ...engine.image import QEDImage
 from ...errors import RequestError, StorageError, UnsupportedError
 from ...format.geometry import SECTOR, round_up
 from ...format.header import FEATURE_NAMES, FEATURE_NO_PROBE, read_header
+from ...storage.file import FileStorage
 from ...storage.open import is_uri
 from ...units import format_size
 from ..locate import Location, find_format, is_ours, locate, locate_backing, look
@@ -95,6 +96,7 @@ class Chain:
         self._args = args
         self.layers: list[Facts] = []
         self.tail = ""  # qemu-img's human description of layers in other formats
+        self.in_use = False  # somebody writes to one of the images
         self._seen: set[object] = set()
 
     def follow(self, where: Location) -> None:
@@ -118,6 +120,7 @@ class Chain:
             return None
         with open_qed(where, force_share=self._args.force_share, follow=False) as image:
             facts = describe(where.place, image)
+            self.in_use |= isinstance(image.storage, FileStorage) and image.storage.has_writer()
             if self._args.verbose:
                 facts.update(details(image))
         self.layers.append(facts)
@@ -149,7 +152,7 @@ class Chain:
             self.tail = done
 
 
-def print_human(facts: Facts) -> None:
+def print_human(facts: Facts, in_use: bool) -> None:
     print(f"image: {facts['filename']}")
     print(f"file format: {facts['format']}")
     print(f"virtual size: {format_size(facts['virtual-size'])} ({facts['virtual-size']} bytes)")
@@ -168,7 +171,9 @@ def print_human(facts: Facts) -> None:
         print(f"features: {', '.join(facts['features']) or 'none'}")
         print(f"allocated clusters: {facts['allocated-clusters']}")
         print(f"free clusters: {facts['free-clusters']}")
-    if facts["dirty-flag"]:
+    if facts["dirty-flag"] and in_use:
+        print("dirty: another program is writing to it")
+    elif facts["dirty-flag"]:
         print("dirty: not closed cleanly; opening it for writing checks and repairs it")
 
 
@@ -185,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
     for i, facts in enumerate(chain.layers):
         if i:
             print()
-        print_human(facts)
+        print_human(facts, chain.in_use)
     if chain.tail:
         print(f"\n{chain.tail}", end="")
     return 0
