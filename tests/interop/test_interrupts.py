@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,11 @@ import pytest
 from support import qemu
 from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import Built, ImageSpec, QedFile, assert_sound, build
-from support.tools import PYTHON, REPO, Result, require, run, run_ok, unavailable
+from support.server import wait_for
+from support.tools import PYTHON, REPO, TIMEOUT, Result, require, run, run_ok, unavailable
+
+from qedcore.storage.file import FileStorage
+from qedcore.storage.file_lock import LockedError, Use
 
 QED = [PYTHON, "-m", "qedcore"]
 CHANGES = "pwrite64,pwritev,ftruncate,fallocate,fdatasync,fsync,?rename,?renameat,?renameat2"
@@ -251,3 +256,37 @@ def test_a_target_is_whole_or_not_there(exists: bool, name: str, tmp_path: Path,
         else:
             assert (target.read_bytes() == b"old") if exists else not target.exists(), calls[when - 1]
             target.touch()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
+def test_programs_that_work_for_it_end_with_it(name: str, tmp_path: Path) -> None:
+    """A conversion by qemu-img through nbdkit; before, it says how far it is.  The source is free then."""
+    build(tmp_path / "image.qed", ImageSpec(size=16 * MiB, layout="D" * 256))
+    command = [*QED, "convert", "-r", "1M", "-O", "qcow2", "image.qed", "target"]
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT,HUP", *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+
+    def in_use() -> bool:
+        storage = FileStorage(tmp_path / "image.qed", writable=True)
+        try:
+            storage.lock(Use.WRITE)
+        except LockedError:
+            return True
+        finally:
+            storage.close()
+        return False
+
+    wait_for(in_use, "the source in use")
+    process.send_signal(signal.SIGUSR1)
+    assert re.fullmatch(rb" +\([0-9.]+/100%\)\n", process.stderr.readline())
+    for _ in range(2):
+        process.send_signal(getattr(signal, name))
+    assert process.wait(TIMEOUT) in (-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+    wait_for(lambda: not in_use(), "the source free")
+    process.stderr.close()
+    assert name == "SIGKILL" or os.listdir(tmp_path) == ["image.qed"]
