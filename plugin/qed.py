@@ -30,6 +30,7 @@ from qedcore.engine.prefetch import prefetch  # noqa: E402
 from qedcore.errors import QEDError, StorageError  # noqa: E402
 from qedcore.server.affinity import Crowd, Seat  # noqa: E402
 from qedcore.server.exports import Exports, describe, make_exports  # noqa: E402
+from qedcore.server.nbdkit_version import require_nbdkit  # noqa: E402
 from qedcore.server.parameters import Parameters  # noqa: E402
 from qedcore.server.shared_image import SharedImage  # noqa: E402
 from qedcore.server.thread_state import ThreadStates  # noqa: E402
@@ -161,6 +162,7 @@ def config(key: str, value: str) -> None:
 @one_line_errors
 def config_complete() -> None:
     global exports
+    require_nbdkit(nbdkit)
     parameters.complete()
     crowd.enabled = crowd.enabled and parameters.affinity
     exports = make_exports(parameters)
