@@ -7,9 +7,9 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
 
 class RateLimit:
@@ -46,13 +46,16 @@ def ask(number: int, _: object = None) -> None:
     if _askable:
         _askable[-1](number)
     else:
-        _tell(0.0)
+        tell_progress(0.0)
 
 
-def _tell(percent: float) -> None:
+def tell_progress(percent: float) -> None:
     """As qemu-img does.  Not through sys.stderr, which may just be in use."""
     with suppress(OSError):
         os.write(2, f"    ({percent:.2f}/100%)\n".encode())
+
+
+Item = TypeVar("Item")
 
 
 class Progress:
@@ -69,7 +72,7 @@ class Progress:
         self._stopped = False
         self._lines = args.progress and not args.quiet and not silent
         self._bar: Any = None
-        self._asked = asked_for_progress(lambda number: _tell(self._fraction()))
+        self._asked = asked_for_progress(lambda number: tell_progress(self._fraction()))
         if not (self._lines or silent or args.quiet) and sys.stderr.isatty():
             try:
                 tqdm = importlib.import_module("tqdm").tqdm
@@ -115,3 +118,11 @@ class Progress:
             self._bar.close()
         elif self._lines:
             print(flush=True)
+
+
+def silently(args: argparse.Namespace, rows: Iterable[tuple[int, Item]], end: int) -> Iterator[tuple[int, Item]]:
+    """The rows, which begin with positions up to `end`; how far they are is only told to SIGUSR1."""
+    with Progress(args, end, silent=True) as progress:
+        for row in rows:
+            progress.update(row[0])
+            yield row

@@ -13,6 +13,7 @@ from ..images import EndPoint
 from ..locate import find_format, is_ours, locate
 from ..open import open_end_point
 from ..options import add_shared, only_image, sized
+from ..progress import asked_for_progress, tell_progress
 from ..qemu_img import delegate, find_qemu_img
 
 EPILOG = """\
@@ -98,6 +99,10 @@ class Bench:
                 image.flush()
         return time.monotonic() - started
 
+    @property
+    def percent(self) -> float:
+        return 100 * self._next / self.count if self.count else 100.0
+
     def _in_parallel(self, image: EndPoint, end: int) -> None:
         """All requests up to number `end`."""
         threads = [
@@ -157,7 +162,8 @@ def run(args: argparse.Namespace) -> int:
     with open_end_point(where, bench.write, cache=args.cache, force_share=args.force_share) as image:
         print(bench, flush=True)
         try:
-            seconds = bench.run(image)
+            with asked_for_progress(lambda number: tell_progress(bench.percent)):
+                seconds = bench.run(image)
         except QEDError as error:
             raise StorageError(f"Failed request: {os.strerror(error.errno)} ({error})", code=error.errno) from error
         image.flush()

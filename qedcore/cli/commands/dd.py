@@ -17,6 +17,7 @@ from ..locate import Location, find_format, locate
 from ..messages import PROGRAM
 from ..open import open_end_point
 from ..options import add_shared, sized
+from ..progress import Progress
 from ..qemu_img import delegate
 
 EPILOG = f"""\
@@ -63,7 +64,7 @@ def block_size(text: str) -> int:
     return size
 
 
-def copy(image: EndPoint, start: int, end: int, target: Location, format: str) -> None:
+def copy(args: argparse.Namespace, image: EndPoint, start: int, end: int, target: Location, format: str) -> None:
     """Bytes [start, end) of the image become a new one, which gets its name when it is complete.  Raises QEDError."""
     prefix = f"{target.name}: error while creating output image"
 
@@ -76,7 +77,8 @@ def copy(image: EndPoint, start: int, end: int, target: Location, format: str) -
 
     size = round_up(end - start, SECTOR)
     with new_target(prefix, target, format, size, Options(prefix, []), None) as (out, fresh):
-        Copy(out, fresh=fresh, detect=copy_unit(out)).run(pieces())
+        with Progress(args, end - start) as progress:
+            Copy(out, fresh=fresh, detect=copy_unit(out), progress=progress.update).run(pieces())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,5 +96,5 @@ def run(args: argparse.Namespace) -> int:
         start = sized(given.get("skip", "0"), "skip") * unit
         if start > end:
             print(f"{PROGRAM}: {source.name}: cannot skip to specified offset", file=sys.stderr)
-        copy(image, min(start, end), end, target, args.target_format)
+        copy(args, image, min(start, end), end, target, args.target_format)
     return 0

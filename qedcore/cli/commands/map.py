@@ -10,6 +10,7 @@ from ..images import Run, runs
 from ..locate import find_format, is_ours, locate
 from ..open import open_end_point
 from ..options import add_output, add_shared, only_image, sized
+from ..progress import silently
 from ..qemu_img import delegate
 
 EPILOG = """\
@@ -43,17 +44,18 @@ def run(args: argparse.Namespace) -> int:
         if args.max_length is not None:
             end = min(end, start + sized(args.max_length, "max length"))
         foreign = rows_of(image, args.force_share)
+        found_runs = silently(args, runs(image, start, end, foreign), end)
         try:
             if args.output == "json":
                 separator = "["
-                for pos, found in runs(image, start, end, foreign):
+                for pos, found in found_runs:
                     print(separator, json_row(pos, found), sep="", end="")
                     separator = ",\n"
                 # qemu-img has a row for an empty range, too
                 print("]" if start < end else f"[{json_row(start, Run(0, 0, False, False, False, None, None))}]")
             else:
                 print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
-                for pos, found in runs(image, start, end, foreign):
+                for pos, found in found_runs:
                     if found.data and found.offset is None:
                         raise RequestError("File contains external, encrypted or compressed clusters.")
                     if found.data:

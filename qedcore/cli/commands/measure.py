@@ -13,6 +13,7 @@ from ..messages import print_json
 from ..nbdkit import URI, serve
 from ..open import open_end_point
 from ..options import add_output, add_shared, sized
+from ..progress import silently
 from ..qemu_img import delegate, option_words
 
 EPILOG = """\
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="refused: QED has no internal snapshots")
 
 
-def measure(geometry: Geometry, size: int, image: EndPoint | None) -> tuple[int, int]:
+def measure(args: argparse.Namespace, geometry: Geometry, size: int, image: EndPoint | None) -> tuple[int, int]:
     """(required, fully allocated) bytes of a QED file for a device of `size` bytes with the data of `image`.
 
     Counts whole clusters that hold data, and the L2 tables that reach them.  Raises CorruptImageError, StorageError.
@@ -50,7 +51,7 @@ def measure(geometry: Geometry, size: int, image: EndPoint | None) -> tuple[int,
     full = fixed + tables * geometry.table_bytes + (clusters << geometry.l2_shift)
     used = used_tables = 0
     next_cluster = next_table = 0  # the first that is not counted yet
-    for pos, run in () if image is None else runs(image, 0, size):
+    for pos, run in () if image is None else silently(args, runs(image, 0, size), size):
         if not run.data:
             continue
         end = pos + run.length
@@ -115,4 +116,4 @@ def measured(args: argparse.Namespace, size: int, image: EndPoint | None) -> int
     table_size = options.size("table_size", DEFAULT_TABLE_SIZE)
     check_geometry("qed", cluster_size, table_size, size)
     geometry = Geometry(cluster_size, table_size)
-    return report(args, *measure(geometry, size, image))
+    return report(args, *measure(args, geometry, size, image))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import sys
 import types
 
 import pytest
 
 from qedcore.cli import progress as progress_module
-from qedcore.cli.progress import Progress, RateLimit
+from qedcore.cli.progress import Progress, RateLimit, ask, asked_for_progress, silently
 
 
 def arguments(progress: bool = False, quiet: bool = False) -> argparse.Namespace:
@@ -112,3 +113,19 @@ def test_rate_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slept == [0.5, 0.25, 0.0]
     RateLimit(0).wait(1 << 40)
     assert len(slept) == 3
+
+
+def test_sigusr1_is_told_how_far_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    """One line each time, whatever else is printed, also by those who print no progress."""
+    ask(signal.SIGUSR1)
+    with Progress(arguments(quiet=True), 200) as progress:
+        progress.update(50)
+        ask(signal.SIGUSR1)
+    rows = silently(arguments(), [(0, "a"), (5, "b")], 10)
+    next(rows), next(rows)
+    ask(signal.SIGUSR1)
+    told = []
+    with asked_for_progress(told.append):
+        ask(signal.SIGUSR1)
+    assert told == [signal.SIGUSR1] and list(rows) == []
+    assert capfd.readouterr() == ("", "".join(f"    ({n}/100%)\n" for n in ("0.00", "25.00", "50.00")))
