@@ -15,6 +15,7 @@ from typing import Callable, NamedTuple
 from ..check.recovery import MAP_LIMIT, repair_after_crash
 from ..errors import (
     CorruptImageError,
+    ForeignWriterError,
     ImageFormatError,
     QEDError,
     ReadOnlyError,
@@ -381,9 +382,13 @@ class QEDImage:
 
         Raises StorageError if something could not be made durable; NEED_CHECK then stays set.
         """
+        told = self._gate is not None and self._gate.refused
+        other_writer: ForeignWriterError | None = None
         if self.tidy is not None and not self._closed and isinstance(self._requests, WritableRequests):
             try:
                 self.tidy(self)
+            except ForeignWriterError as error:  # the gate is shut for good now, and does not tell it again
+                other_writer = None if told else error
             except (QEDError, MemoryError) as error:  # if the storage has failed, the rest of this tells
                 self._log(f"{self.storage.name}: clusters may stay free: {error or 'out of memory'}")
         with self._lifecycle:
@@ -398,6 +403,8 @@ class QEDImage:
                 self.storage.flush()
                 if self.header.need_check:
                     self._log(f"{self.storage.name}: NEED_CHECK stays set, for the next writable open to repair")
+                if other_writer is not None:
+                    raise other_writer
         except StorageError:
             # Linux may go on showing what it could not write: whoever opens the image next must not rely on that.
             self.storage.drop_cache()

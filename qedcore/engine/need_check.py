@@ -179,6 +179,11 @@ class NeedCheckGate:
             self.fail()
             raise
 
+    @property
+    def refused(self) -> bool:
+        """Somebody else was seen to have written to the image (I3)."""
+        return self._refusal is not None
+
     def settled(self) -> None:
         """The flag on disk was cleared, durably, by the repair at open."""
         self._settle(dirty=False)
