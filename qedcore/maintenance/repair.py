@@ -299,12 +299,18 @@ class Repair:
                 and self._bounds.valid_table(rounded)
                 and not any(self._table_uses(use, rounded))
                 and looks_like_table(self._storage, geo, self._bounds, rounded)
+                and use.clusters - use.count() == geo.table_size + self._data_of(rounded)  # no other leaks, as there
             ):
                 self._claim_table(use, rounded)
                 why = "one bit is wrong, and nothing else refers to the table there: corrected"
                 self._write_entry(damage, rounded, why)
                 changed = True
         return self._correct_lost(use) or changed
+
+    def _data_of(self, offset: int) -> int:
+        """Data clusters that the table at `offset` leads to."""
+        parts = table_parts(self._storage, self._geometry, offset)
+        return sum(self._bounds.valid_cluster(entry) for _, table in parts for entry in table if entry > ZERO_CLUSTER)
 
     def _one_low_bit(self, entry: int) -> bool:
         """`entry` is one wrong bit away from an offset, and from one only.
@@ -371,6 +377,8 @@ class Repair:
             low = damage.value & self._geometry.cluster_mask
             if low > 1 and not is_marked(damage.value) and cluster < use.mapped:
                 use.map[cluster] |= _DISPUTED if use.map[cluster] & _CANDIDATE else _CANDIDATE
+        # With other leaks in the file, what is there may be old data of any range (I6).
+        explained = use.count() == use.clusters
         sector = 0  # bytes: file offset
         entries: dict[int, int] = {}
         for damage in self._impossible(use, damaged):
@@ -380,14 +388,16 @@ class Repair:
                 sector, entries = at - at % SECTOR, {}
             # All of a sector with one write, because after a crash between two of them the rest would look like less
             # damage than there was.
-            entries[at], why = self._instead_of(damage, use)
+            entries[at], why = self._instead_of(damage, use, explained)
             self._say_written(damage, entries[at], why)
         self._write_entries(entries)
 
-    def _instead_of(self, damage: Damage, use: ClusterUse) -> tuple[int, str]:
-        """(what an impossible L2 entry is replaced with, why)."""
-        if self._one_low_bit(damage.value) and self._alone_in_sector(
-            damage.table_offset, damage.index, self._bounds.valid_cluster
+    def _instead_of(self, damage: Damage, use: ClusterUse, explained: bool) -> tuple[int, str]:
+        """(what an impossible L2 entry is replaced with, why); `explained`: there are no leaks but what they mean."""
+        if (
+            explained
+            and self._one_low_bit(damage.value)
+            and self._alone_in_sector(damage.table_offset, damage.index, self._bounds.valid_cluster)
         ):
             rounded = self._geometry.start_of_cluster(damage.value)
             cluster = rounded >> self._geometry.l2_shift
