@@ -39,8 +39,6 @@ REWORDED = [
         rf"--output expects 'human' or 'json',? not '.*'{NEWER_TRY}",
         "--output must be used with human or json as argument.",
     ),
-    (rf"Expecting image file name and size{NEWER_TRY}", f"Not enough arguments{TRY}"),
-    (rf"Extra argument\(s\) in command line{NEWER_TRY}", f"Expecting image file name and size{TRY}"),
     (r"^qemu-img \w+: unrecognized option", "qemu-img: unrecognized option"),
     (NEWER_TRY, TRY),
     (r"Could not create snapshot '(.*)': (Operation not supported)", r"Could not create snapshot '\1': -95 (\2)"),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import random
+import struct
 import threading
 import tracemalloc
-from array import array
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
@@ -310,9 +310,9 @@ def test_each_byte_of_overlapping_tables_is_read_once(tmp_path: Path, features: 
     first = size * 17
     with path.open("r+b") as file:
         file.seek(size)
-        file.write(array("Q", (first + n * size for n in range(tables))).tobytes())
+        file.write(struct.pack(f"<{tables}Q", *(first + n * size for n in range(tables))))
         file.seek(first)
-        file.write(array("Q", [first + size]).tobytes() * (size // 8 * (tables + 16)))
+        file.write(struct.pack("<Q", first + size) * (size // 8 * (tables + 16)))
     storage = Counting(path)
     image = QEDImage(storage, True)
     lines: list[str] = []
