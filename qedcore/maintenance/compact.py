@@ -176,7 +176,7 @@ class Arrangement:
 
     def _pack(self, tables: bool, stop: Callable[[], bool]) -> None:
         layout = self._layout
-        self._next = self._below = layout.used
+        self._next = layout.used
         n = self._metadata.geometry.table_size
         rooms = [
             slot + at
@@ -184,21 +184,43 @@ class Arrangement:
             for at in range(0, min(free, layout.used - slot) - n + 1, n)
         ]
         stray = dict.fromkeys(unit for _, unit in layout.strays() if is_table(unit))
-        for unit, slot in list(self._mover.find(stray)):
-            if stop():
-                return
-            target = rooms.pop() if rooms else self._room_for_table()
-            if target is not None:
-                self._mover.move([Move(unit, slot, target)])
-            elif tables:  # start from a clean slate
-                self._compact()
-                return
+        left = list(self._mover.find(stray))
+        for _ in range(2):  # what one table has left may be room for another
+            self._below = layout.used
+            todo, left = left, []
+            for unit, slot in todo:
+                if stop():
+                    return
+                target = rooms.pop() if rooms else self._room_for_table()
+                if target is not None:
+                    self._mover.move([Move(unit, slot, target)])
+                elif not self._shift_table(unit, slot):
+                    left.append((unit, slot))
+        if left and tables:  # start from a clean slate
+            self._compact()
+            return
         data = [(slot, unit) for slot, unit in layout.strays() if not is_table(unit)]
         holes = (slot for slot in range(layout.first, layout.used) if self._units[slot] == FREE)
         while data and not stop():
             last = data[-self._window :]
             del data[-self._window :]
             self._mover.move([Move(unit, slot, next(holes)) for slot, unit in last])
+
+    def _shift_table(self, unit: int, slot: int) -> bool:
+        """Move a table at the end of a dense file down, so that it ends there: False if other tables prevent it.
+
+        Its old place and its new one overlap, so it goes past the end of the file first.
+        """
+        n = self._layout.size_of(unit)
+        target = self._layout.used - n
+        if slot >= self._layout.used or any(is_table(self._units[at]) for at in range(target, slot)):
+            return False
+        between = self._free_run(n)
+        self._mover.move([Move(unit, slot, between)])
+        away = [(self._units[at], at) for at in range(target, slot) if self._units[at] != FREE]
+        self._mover.move([Move(data, at, self._free_run(1)) for data, at in away])
+        self._mover.move([Move(unit, between, target)])
+        return True
 
     def _room_for_table(self) -> int | None:
         """A run of slots before the end of a dense file, whose data was moved away; None where tables prevent it."""

@@ -501,3 +501,19 @@ def test_entries_made_invalid_for_good_are_no_obstacle(
         assert img.pread(2 * CS, 0) == built.read(0, 2 * CS)
         with pytest.raises(CorruptImageError):
             img.pread(1, lost)
+
+
+@pytest.mark.parametrize("hole", [0, 1], ids=["behind the L1 table", "behind the first cluster"])
+def test_tidy_shifts_a_table_over_its_own_place(image: Image, hole: int) -> None:
+    """One free cluster, and a table at the end that has no room anywhere else; crashes at every step."""
+    calls = itertools.count()
+    litter = lambda behind: [b""] if next(calls) == hole else []  # noqa: E731
+    built = image(size=MiB, cluster_size=CS, table_size=4, layout="DD", litter=litter)
+    before = guest(built.path)
+    world = World(built.path)
+    with qedcore.open_image(built.path, opener=world.open) as img:
+        assert tidy(img) == 0
+    assert check_crashes(world, built.path, [before]) > 10
+    world.save()
+    assert_sound(built.path)
+    assert guest(built.path) == before
