@@ -123,7 +123,7 @@ def leaks_disprove_the_header(patch: pytest.MonkeyPatch) -> None:
 def marks_are_taken_for_damaged_offsets(patch: pytest.MonkeyPatch) -> None:
     """The repair links what the entry would lead to without its low bits, if nothing else does."""
 
-    def instead_of(repair: Repair, damage: Any, use: ClusterUse) -> tuple[int, str]:
+    def instead_of(repair: Repair, damage: Any, use: ClusterUse, *_: object) -> tuple[int, str]:
         rounded = repair._geometry.start_of_cluster(damage.value)
         cluster = rounded >> repair._geometry.l2_shift
         if repair._bounds.valid_cluster(rounded) and use.claim_free(cluster, DATA):
