@@ -266,6 +266,8 @@ class Census:
         _, end, limit = self._limits(at)
         part = self._tables.read(at, min(end - at, self._geometry.part_bytes) // ENTRY)
         wrong = [index for index, entry in enumerate(part) if self._is_dangling(entry, limit)]
+        if not wrong:  # they were marked with those of a part before
+            return 0
         marked = part[:]
         for index in wrong:
             marked[index] = mark_dangling(part[index])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 
 from ..errors import CorruptImageError, StorageError
-from ..format.geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry
+from ..format.geometry import ENTRY, UNALLOCATED, ZERO_CLUSTER, Bounds, Geometry, is_marked
 from ..format.table import Table, TableIO, empty
 from ..format.table_runs import Runs
 from ..locks import KeyedLocks, Rank, ranked_lock
@@ -153,6 +153,11 @@ class ClusterMap:
     def lacks_table(self, pos: int) -> bool:
         """There is no L2 table for pos.  Table lock held.  Raises like lookup."""
         return not self.l1[pos >> self.geometry.l1_shift] and not self.l2_offset(pos)
+
+    def has_mark(self, pos: int) -> bool:
+        """The L2 entry for pos was made invalid for good.  Raises as l2_offset."""
+        table = self.table_at(pos)
+        return table is not None and is_marked(table[(pos >> self.geometry.l2_shift) & self.geometry.slice_mask])
 
     def _check_entry(self, offset: int, end: int, pos: int) -> None:
         if self.bounds.start <= offset < end and not offset & self.geometry.cluster_mask:

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterable
 from threading import get_ident
 
+from ..errors import CorruptImageError
 from ..format.geometry import UNALLOCATED, ZERO_CLUSTER
 from ..format.table import Table, contiguous
 from ..storage import ZEROS, ReadBuffer, Storage
@@ -121,8 +122,12 @@ class WritableRequests(Requests):
         view = memoryview(buf)
         self._check_range(pos, len(view))
         while view:
-            kind, offset, n = self._clusters.lookup(pos, len(view))
-            n = self.write_run(kind, offset, view[:n], pos)
+            try:
+                kind, offset, n = self._clusters.lookup(pos, len(view))
+            except CorruptImageError:
+                n = self._write_marked(view, pos)
+            else:
+                n = self.write_run(kind, offset, view[:n], pos)
             view = view[n:]
             pos += n
 
@@ -141,6 +146,25 @@ class WritableRequests(Requests):
                 return n if self._allocating_write(kind, view if n == len(view) else view[:n], pos) else 0
             finally:
                 self._claims.give_up(first, end)
+
+    def _write_marked(self, view: memoryview, pos: int) -> int:
+        """Write a whole cluster whose entry was made invalid for good: what it was for is overwritten.
+
+        Returns as write_run, and raises as lookup where it is not so.
+        """
+        first, size = pos >> self._l2_shift, self._cluster_size
+        if pos & self._cluster_mask or len(view) < size:
+            self._clusters.lookup(pos, 1)
+            return 0  # it is sound by now
+        with self._gate:  # which has the entry marked, if it points past the end
+            try:
+                self._claims.take(first, first + 1)
+                if not self._clusters.has_mark(pos):
+                    self._clusters.lookup(pos, 1)
+                    return 0
+                return size if self._allocating_write(NO_CLUSTER, view[:size], pos) else 0
+            finally:
+                self._claims.give_up(first, first + 1)
 
     def write_data(self, offset: int, view: memoryview) -> None:
         self._storage.pwrite(view, offset)
@@ -313,8 +337,12 @@ class WritableRequests(Requests):
         self._check_range(pos, length)
         while length:
             with self._in_flight.request():  # for each run: it may not hold up what it has freed itself
-                kind, offset, n = self._clusters.lookup(pos, length)
-                n = self._zero_run(kind, offset, pos, n, may_trim)
+                try:
+                    kind, offset, n = self._clusters.lookup(pos, length)
+                except CorruptImageError:
+                    n = self._unlink_marked(pos, length)
+                else:
+                    n = self._zero_run(kind, offset, pos, n, may_trim)
             pos += n
             length -= n
 
@@ -378,6 +406,19 @@ class WritableRequests(Requests):
                 self._reclaimer.free(Extent(offset, clusters, False))
                 return n
 
+    def _unlink_marked(self, pos: int, length: int) -> int:
+        """Zero a whole cluster whose entry was made invalid for good.  Returns as _zero_run, raises as lookup."""
+        head, whole = self._split(pos, min(length, self._cluster_size))
+        if head or not whole:
+            self._clusters.lookup(pos, 1)
+            return 0
+        with self._gate, self._clusters.table_locks.hold(pos >> self._l1_shift):
+            if not self._clusters.has_mark(pos):
+                self._clusters.lookup(pos, 1)
+                return 0
+            self._link(pos, array("Q", (UNALLOCATED if self.backing is None else ZERO_CLUSTER,)))
+            return whole
+
     def zero_is_fast(self, pos: int, length: int, may_trim: bool) -> bool:
         """Whether zero() would write no data now."""
         self._check_range(pos, length)
@@ -394,7 +435,10 @@ class WritableRequests(Requests):
         self._check_range(pos, length)
         while length:
             with self._in_flight.request():  # for each run, as in zero()
-                kind, _, n = self._clusters.lookup(pos, length)
+                try:
+                    kind, _, n = self._clusters.lookup(pos, length)
+                except CorruptImageError:
+                    kind, n = ZERO, self._unlink_marked(pos, length)
                 if kind is FOUND:
                     head, whole = self._split(pos, n)
                     if head or not whole:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..storage import Storage
 from ..units import KiB
-from .geometry import ENTRY, MAX_PART_SIZE, SECTOR, Geometry
+from .geometry import ENTRY, MAX_PART_SIZE, SECTOR, Geometry, round_up
 
 if TYPE_CHECKING:
     Table = array[int]
@@ -23,6 +23,7 @@ else:
 _PER_SECTOR = SECTOR // ENTRY  # entries; a power of 2
 _SWAP = sys.byteorder == "big"
 _BLANK = bytes(MAX_PART_SIZE)
+_BLOCK = 4 * KiB  # bytes: clusters are multiples of it, so it is a unit for what is read of tables
 SMALL = 64 * KiB  # bytes: reading this is no slower than asking whether it is a hole
 
 
@@ -88,21 +89,27 @@ def table_parts(
 def parts_between(
     storage: Storage, geometry: Geometry, spans: Iterable[tuple[int, int]], buffer: Table | None = None
 ) -> Iterator[tuple[int, Table]]:
-    """(file offset, part) for the parts of tables that are not empty, in `spans` of the file (bytes, whole sectors).
+    """(file offset, part) for the parts of tables that are not empty, in `spans` of the file (bytes, whole clusters).
 
     Holes are not read.  Where the spans are in the order of the file, the storage is asked once about each hole.
     `buffer` as in table_parts.
     """
     if buffer is None:
         buffer = empty(geometry.part_entries)
-    hole = range(0)  # bytes: this part of the file has no data
-    for start, end in spans:
-        for at in range(start, end, geometry.part_bytes):
-            stop = min(end, at + geometry.part_bytes)
-            if at not in hole:
-                hole = range(at, storage.next_data(at))
-            if stop <= hole.stop:
+    data = hole = range(0)  # bytes: what is known of the file
+    size = storage.size()
+    for at, end in spans:
+        while at < end:
+            if at not in data and at not in hole:
+                has_data, n = storage.data_run(at, size - at) if at < size else (False, end - at)
+                if has_data or n < _BLOCK:
+                    data = range(at, at + min(round_up(max(n, 1), _BLOCK), geometry.part_bytes))
+                else:
+                    hole = range(at, (at + n) // _BLOCK * _BLOCK)
+            if at in hole:
+                at = hole.stop
                 continue
+            stop = min(end, data.stop, at + geometry.part_bytes)
             part = buffer if stop - at == geometry.part_bytes else empty((stop - at) // ENTRY)
             content = memoryview(part).cast("B")
             storage.pread_into(content, at)
@@ -110,6 +117,7 @@ def parts_between(
                 part.byteswap()
             if part[0] or not _BLANK.startswith(content):  # which copies nothing
                 yield at, part
+            at = stop
 
 
 def length_of(table: Table) -> int:

@@ -71,7 +71,8 @@ class Storage:
 
     def data_run(self, offset: int, length: int) -> tuple[bool, int]:
         """(it may have data, bytes) of the run at `offset`; what has none reads as zeros."""
-        return True, length
+        hole = self.next_data(offset) - offset
+        return (False, min(length, hole)) if hole > 0 else (True, length)
 
     def prefetch(self, offset: int, length: int) -> None:
         """Have the system read a range ahead, without waiting for it.  A hint."""
