@@ -30,7 +30,7 @@ clients := libnbd-bin file python3-libnbd qemu-utils
 testing := $(serving) python3-venv -- $(clients) e2fsprogs gnutls-bin strace python3-numpy perl fio fuse3
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo check check-on crash fuzz soak lint format bench install uninstall clean
+.PHONY: help run demo check check-on crash fuzz soak lint format bench install uninstall deb clean
 
 help:
 	@echo 'make run      serve FILE (default image.qed, created with SIZE, default 1G) until Ctrl-C'
@@ -44,6 +44,7 @@ help:
 	@echo "make bench    compare with qemu-nbd, half an hour; ARGS='--rows open,check', '--scale' (try --help)"
 	@echo 'make install  so that "nbdkit qed file=IMAGE" and "qed" work, with manual pages; "make uninstall" undoes it;'
 	@echo '              PREFIX=/usr/local, DESTDIR=, and PLUGINDIR=, which nbdkit tells'
+	@echo "make deb      Debian packages in build/deb/: nbdkit-plugin-qed and qed-utils"
 	@echo 'make clean    remove .venv and caches'
 	@echo
 	@echo 'Missing tools are installed with apt-get, dnf or zypper (as root, or through sudo).'
@@ -160,6 +161,21 @@ uninstall:
 	    "$(DESTDIR)$(MANDIR)/man1/qed.1" "$(DESTDIR)$(MANDIR)/man1/nbdkit-qed-plugin.1" \
 	    "$(DESTDIR)$(DATADIR)/bash-completion/completions/qed"
 
+# The build has a copy, as it wants debian/ at the top and leaves its own files there.  Its time is the last commit's.
+deb_sources = qedcore plugin packaging tests/install.sh Makefile README.md CHANGELOG.md LICENSE
+deb:
+	@$(need) $(serving) perl build-essential debhelper dh-python lintian
+	rm -rf build/deb
+	mkdir -p build/deb/qed
+	tar -c --exclude=__pycache__ $(deb_sources) | tar -x -C build/deb/qed
+	cp -R packaging/debian build/deb/qed/debian
+	printf '%s\n' 'qed ($(version)) unstable; urgency=medium' '' '  * See CHANGELOG.md.' '' \
+	    " -- $$(sed -n 's/^Maintainer: //p' packaging/debian/control)  $$(git log -1 --format=%cD 2>/dev/null || date -R)" \
+	    >build/deb/qed/debian/changelog
+	cd build/deb/qed && dpkg-buildpackage -us -uc
+	rm -rf build/deb/qed
+	lintian --allow-root --fail-on error,warning build/deb/*.changes
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,6 +19,9 @@ present() {
         e2fsprogs) command -v mke2fs && command -v e2fsck ;;
         fuse3) command -v fusermount3 ;;
         perl) command -v pod2man ;;  # perl-base alone does not have it
+        build-essential) dpkg -s build-essential ;;  # dpkg-buildpackage asks dpkg, too
+        debhelper) command -v dh ;;
+        dh-python) command -v dh_python3 ;;
         gnutls-bin) command -v psktool && command -v certtool ;;
         *) command -v "$1" ;;
     esac >/dev/null 2>&1
