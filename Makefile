@@ -27,7 +27,7 @@ need := sh tests/install.sh
 serving := python3 nbdkit nbdkit-plugin-python
 # After "--": what can be done without.  nbdinfo runs file(1), and prints garbage without it.
 clients := libnbd-bin file python3-libnbd qemu-utils
-testing := $(serving) python3-venv -- $(clients) e2fsprogs gnutls-bin strace python3-numpy perl fio fuse3
+testing := $(serving) python3-venv -- $(clients) e2fsprogs gnutls-bin strace python3-numpy perl fio fuse3 systemd
 
 .DEFAULT_GOAL := help
 .PHONY: help run demo check check-on crash fuzz soak lint format bench install uninstall deb clean

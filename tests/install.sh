@@ -17,6 +17,7 @@ present() {
         libnbd-bin) command -v nbdinfo && command -v nbdcopy ;;
         qemu-utils) command -v qemu-img && command -v qemu-io && command -v qemu-nbd ;;
         e2fsprogs) command -v mke2fs && command -v e2fsck ;;
+        systemd) command -v systemd-socket-activate ;;
         fuse3) command -v fusermount3 ;;
         perl) command -v pod2man ;;  # perl-base alone does not have it
         build-essential) dpkg -s build-essential ;;  # dpkg-buildpackage asks dpkg, too
