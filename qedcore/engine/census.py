@@ -73,9 +73,10 @@ class Census:
         self._claims = 0  # clusters that were claimed in it, each claim counted
         self.stopped = False  # set by another thread: count() gives up
 
-    def screen(self) -> bool:
+    def screen(self, again: bool = False) -> bool:
         """Mark the dangling entries, durably; True if there were any.
 
+        `again`: an earlier attempt has ended with an error, and may have marked some that were not made durable.
         Raises CorruptImageError if the file must not grow, and UnsupportedError for too many tables.
         """
         self._find_tables()
@@ -83,9 +84,10 @@ class Census:
             self._claim_metadata()  # and the rest on the way
         for at, part in self._parts():
             self._look(at, part)
-        if not self._dangling:
+        if not self._dangling and not again:
             return False
-        self._refuse_unproven()
+        if self._dangling:
+            self._refuse_unproven()
         name = self._storage.name
         for number, at in enumerate(self._dangling):
             marked = self._mark(at)

@@ -103,6 +103,7 @@ class QEDImage:
         self._closed = False
         self._census: Census | None = None  # that self._counting, a thread, is counting
         self._counting: threading.Thread | None = None
+        self._half_screened = False  # an attempt to take the census has failed; protected by the gate
         try:
             header, self.geometry, self._bounds = read_header(storage)
             self.backing_name = read_backing_name(storage, header)
@@ -167,8 +168,11 @@ class QEDImage:
         census = Census(
             self._tables, self.geometry, self._bounds, self.header.l1_table_offset, map_limit=MAP_LIMIT, log=self._log
         )
-        if census.screen():
+        # An attempt that fails may have marked entries on disk, where the next one does not find them any more.
+        again, self._half_screened = self._half_screened, True
+        if census.screen(again):
             self._clusters.mark(census)
+        self._half_screened = False
         if census.counted:
             self._count(census)
             return

@@ -13,6 +13,7 @@ import struct
 import threading
 import tracemalloc
 from bisect import bisect_right
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +27,7 @@ from qedcore.check.cluster_use import ClusterUse
 from qedcore.engine.census import Census
 from qedcore.engine.chain import open_image
 from qedcore.engine.image import QEDImage
-from qedcore.errors import CorruptImageError, StorageError
+from qedcore.errors import CorruptImageError, StorageError, UnreachableError
 from qedcore.format.table import Table
 from unit.fakes import Call, Gate, Job, MemoryStorage, open_tapped
 
@@ -307,6 +308,40 @@ def test_a_table_that_cannot_be_read_stops_growth_until_it_can(tmp_path: Path) -
     image.pwrite(b"x", 7 * CS)
     image.close()
     assert_sound(path)
+
+
+@pytest.mark.parametrize("entry", ["L1", "L2"])
+@pytest.mark.parametrize("failing", ["the flush", "the write", "memory"])
+def test_marks_of_an_attempt_that_failed_count_for_the_next(tmp_path: Path, failing: str, entry: str) -> None:
+    """They are on disk already, so the next attempt finds nothing to mark; in memory they were not marked."""
+    path = tmp_path / "image.qed"
+    past = {1: lambda b: b.end} if entry == "L2" else {}
+    l1_past = {2: lambda b: b.end} if entry == "L1" else {}
+    pos = CS if entry == "L2" else 2 * SPAN
+    build(path, ImageSpec(**SPEC, entries=past, l1_entries=l1_past))  # type: ignore[arg-type]
+    image, tap = open_tapped(path)
+
+    def fail(call: Call) -> StorageError | None:
+        if call.name == "flush" and failing == "the flush":
+            raise UnreachableError("no server")
+        if call.name == "pwrite" and failing == "the write":
+            return StorageError("no answer", code=errno.EIO)  # after it was carried out
+        return None
+
+    with image:
+        with pytest.raises(CorruptImageError):
+            image.pread(1, pos)  # the entry is in memory from here on
+        tap.hook = fail
+        no_memory = mock.patch.object(type(image._clusters), "mark", side_effect=MemoryError)
+        with no_memory if failing == "memory" else nullcontext(), pytest.raises((StorageError, MemoryError)):
+            image.pwrite(b"Z" * (8 * CS), 9 * CS)
+        tap.hook = None
+        tap.log.clear()
+        image.pwrite(b"Z" * (8 * CS), 9 * CS)  # takes the place
+        assert tap.log[0].name == "flush"  # of the marks
+        with pytest.raises(CorruptImageError, match=r"points to 0x[0-9a-f]+bad:"):
+            image.pread(1, pos)
+        assert image.pread(8 * CS, 9 * CS) == b"Z" * (8 * CS)
 
 
 # How much is read
