@@ -119,7 +119,9 @@ class QEDImage:
             if writable:
                 if header.l1_table_offset == 0:
                     raise ImageFormatError("the L1 table at 0x0 overlaps the header: such an image is read-only")
-                self._reclaimer = Reclaimer(storage, self.geometry, self._bounds, in_flight)
+                self._reclaimer = Reclaimer(
+                    storage, self.geometry, self._bounds, in_flight, lambda line: self._log(line)
+                )
                 self._allocator = Allocator(storage, self.geometry, self._bounds, self._reclaimer)
                 self._gate = parts.gate(storage, self._header, self._allocator, self._reclaimer, clock)
                 self._requests = parts.writable_requests(
@@ -195,9 +197,7 @@ class QEDImage:
         except (QEDError, MemoryError) as error:
             why = str(error) or "out of memory"
         if use is None:
-            if not census.stopped:
-                self._log(f"{self.storage.name}: freed clusters are not used again: {why}")
-            self._reclaimer.give_up()
+            self._reclaimer.give_up("" if census.stopped else why)
             return
         if census.leaks:
             # What the tables say now, before anything is written where they lead no more: another server, which was
@@ -209,8 +209,7 @@ class QEDImage:
         try:
             self._count(census)
         except (QEDError, MemoryError) as error:
-            self._log(f"{self.storage.name}: freed clusters are not used again: {error}")
-            self._reclaimer.give_up()
+            self._reclaimer.give_up(str(error) or "out of memory")
 
     def metadata(self) -> Metadata:
         """What maintenance changes, to look at it first."""

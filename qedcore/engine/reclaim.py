@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from ..check.cluster_use import ClusterUse
 from ..errors import StorageError, UnreachableError
@@ -59,11 +59,20 @@ class Reuse(enum.Enum):
 class Reclaimer:
     """What may be used again.  Its lock protects everything here; it is held across the punching of some holes."""
 
-    def __init__(self, storage: Storage, geometry: Geometry, bounds: Bounds, in_flight: InFlight) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        geometry: Geometry,
+        bounds: Bounds,
+        in_flight: InFlight,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self._storage = storage
         self._geometry = geometry
         self._bounds = bounds
         self._in_flight = in_flight
+        self._log = log
+        self._why = ""  # nothing is used again; told once
         self._lock = ranked_lock(Rank.RECLAIMER)
         self._reuse = Reuse.UNKNOWN
         self._decided = threading.Event()  # it is not UNKNOWN
@@ -83,10 +92,11 @@ class Reclaimer:
                 self._reuse = Reuse.YES
         self._decided.set()
 
-    def give_up(self) -> None:
-        """Nothing is used again in this opening."""
+    def give_up(self, why: str = "") -> None:
+        """Nothing is used again in this opening; `why` goes to the log if anything is freed after all."""
         with self._lock:
             self._reuse = Reuse.NEVER
+            self._why = why
         self._decided.set()
 
     def wait(self) -> None:
@@ -119,6 +129,9 @@ class Reclaimer:
         """Take back data clusters that were just unlinked, on disk and in memory.  Raises StorageError."""
         with self._lock:
             if self._reuse is not Reuse.YES:
+                why, self._why = self._why, ""
+                if why:
+                    self._log(f"{self._storage.name}: freed clusters are not used again: {why}")
                 return
             self._unlinked.append(Unlinked(self._in_flight.advance(), extent))
             self.pending += extent.n

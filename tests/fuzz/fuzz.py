@@ -29,6 +29,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -138,10 +139,11 @@ class Watch:
         self.active = False
         self.opened: list[tuple[str, int]] = []  # real path, flags
         self.other: list[str] = []
+        self._others: set[int | None] = set()  # identifiers of threads
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.active:
+        if not self.active or threading.get_ident() in self._others:
             return
         if event == "open" and isinstance(args[0], (str, bytes)):
             self.opened.append((os.fsdecode(args[0]), args[2]))
@@ -153,6 +155,8 @@ class Watch:
         """Nothing may be opened but these, what is in these directories, and Python's own modules."""
         self.opened.clear()
         self.other.clear()
+        # Threads that another test of this process has left behind are no work of this one.
+        self._others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
         self.active = True
         try:
             yield

@@ -43,7 +43,7 @@ def test_damage_is_left_alone(image: Image) -> None:
     lines: list[str] = []
     qedcore.open_image(built.path, log=lines.append).close()
     assert built.path.read_bytes() == before
-    assert [line for line in lines if "check the image" in line]
+    assert not lines  # nothing was freed in this opening
 
 
 @pytest.mark.parametrize("late", [False, True])
