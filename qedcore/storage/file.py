@@ -21,6 +21,7 @@ from .flush import GroupCommit
 from .sync_thread import SyncThread
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, with FALLOC_FL_KEEP_SIZE as it must be
+_ZERO_RANGE = 0x10 | 0x01  # FALLOC_FL_ZERO_RANGE, likewise
 FAR = 1 << 63  # bytes: past the end of every file
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IOV_BYTES = 1 << 30  # one system call moves less than 2 GiB
@@ -41,11 +42,11 @@ def _fallocate() -> Callable[[int, int, int, int], int]:
     return fallocate
 
 
-def punch_hole(fd: int, offset: int, length: int) -> None:
+def punch_hole(fd: int, offset: int, length: int, mode: int = _PUNCH_HOLE) -> None:
     """fallocate(2), which the os module does not have, for a hole.  Raises OSError."""
     code = errno.EINTR
     while code == errno.EINTR:
-        code = _fallocate()(fd, _PUNCH_HOLE, offset, length)
+        code = _fallocate()(fd, mode, offset, length)
     if code:
         raise OSError(code, os.strerror(code))
 
@@ -210,7 +211,13 @@ class FileStorage(Storage):
 
     def punch(self, offset: int, length: int) -> bool:
         try:
-            punch_hole(self.fd, offset, length)
+            try:
+                punch_hole(self.fd, offset, length)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP or not self.fixed_size:
+                    raise
+                # A device that gives nothing back: the kernel writes zeros (as BLKZEROOUT), and no data goes there.
+                punch_hole(self.fd, offset, length, _ZERO_RANGE)
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
                 return False

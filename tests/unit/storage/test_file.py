@@ -310,3 +310,21 @@ def test_failed_flush_is_never_forgotten(open_any: Open, monkeypatch: pytest.Mon
     with pytest.raises(StorageError) as caught:
         storage.flush()
     assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("device", [True, False], ids=["device", "file"])
+def test_zeros_where_nothing_can_be_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: bool) -> None:
+    """A device zeroes the range itself; a file is left to be written."""
+    (tmp_path / "f").write_bytes(b"x" * 16384)
+    modes: list[int] = []
+
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
+        modes.append(mode)
+        return errno.EOPNOTSUPP if mode & 2 else 0
+
+    monkeypatch.setattr("qedcore.storage.file._fallocate", lambda: fallocate)
+    storage = FileStorage(tmp_path / "f", True)
+    storage.fixed_size = device
+    assert storage.punch(4096, 4096) is device
+    assert modes == ([0x03, 0x11] if device else [0x03])
+    storage.close()
