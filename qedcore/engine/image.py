@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Callable, NamedTuple
 
 from ..check.recovery import MAP_LIMIT, repair_after_crash
@@ -394,6 +394,11 @@ class QEDImage:
                 other_writer = None if told else error
             except (QEDError, MemoryError) as error:  # if the storage has failed, the rest of this tells
                 self._log(f"{self.storage.name}: clusters may stay free: {error or 'out of memory'}")
+            except BaseException:  # Ctrl-C, which is the one to tell: the file is closed and unlocked all the same
+                self.tidy, self._log = None, lambda line: None
+                with suppress(QEDError):
+                    self.close()
+                raise
         with self._lifecycle:
             if self._closed:
                 return

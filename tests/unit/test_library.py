@@ -71,3 +71,23 @@ def test_error_while_tidying(image: Image, late: bool) -> None:
         if fault.hit is None:
             break
     assert n > 4
+
+
+def test_ctrl_c_while_tidying(image: Image) -> None:
+    """It gets through, and the image is closed and unlocked."""
+    built = image(layout="DD")
+
+    def interrupted(img: object) -> None:
+        raise KeyboardInterrupt
+
+    img = qedcore.open_image(built.path)
+    img.pwrite(b"x", 2 << 16)
+    want = img.pread(img.size, 0)
+    img.tidy = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        img.close()
+    with pytest.raises(QEDError):
+        img.pread(1, 0)
+    with qedcore.open_image(built.path) as img:
+        assert img.pread(img.size, 0) == want
+    assert_sound(built.path)
