@@ -179,6 +179,4 @@ def from_options(options: dict[str, str], name: str, overlay: str) -> BackingNam
                 return BackingName(uri=_uri(server, socket, export), format=driver, offset=offset, size=size)
     except (KeyError, ValueError):
         pass
-    if driver == "qed":
-        raise UnsupportedError(f"backing file {name!r} of {overlay}: such a name is not understood")
     return BackingName(words=name, format=driver)

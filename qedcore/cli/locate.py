@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from ..backing.names import from_options, json_options, parse_name
@@ -74,8 +74,7 @@ def locate(name: str, format: str | None = None, image_opts: bool = False) -> Lo
     else:
         return Location(name, name, format)
     if options.get("file.driver") == "nbd" and options.get("driver", "qed") == "qed":
-        with suppress(UnsupportedError):
-            return Location(name, None, options.get("driver") or format, uri=from_options(options, name, "").uri)
+        return Location(name, None, options.get("driver") or format, uri=from_options(options, name, "").uri)
     driver = options.pop("driver", None)
     if driver == "file":  # a protocol by itself: its bytes are the image
         return Location(name, options.get("filename"), format or "raw", _locking(name, options.get("locking")))

@@ -114,6 +114,8 @@ class ChainOpener:
         overlay = self._images[-1]
         what = f"backing file {name!r} of {overlay.storage.name}"
         where = parse_name(name, overlay_path)
+        if where.words is not None and where.format == "qed":  # as raw, its guest data would be taken for an image
+            raise UnsupportedError(f"{what}: only QEMU can open it")
         self._policy.check_name(where, what)
         path = where.path or where.uri or name
         real = self._policy.admit(path, what) if where.path is not None else path

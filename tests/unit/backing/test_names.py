@@ -80,13 +80,13 @@ ONLY_QEMU: dict[str, str | None] = {
     'json:{"driver":"qcow2","backing":{"driver":"null-co"},"file.filename":"/x"}': "qcow2",
     'json:{"file.driver":"https","file.url":"x"}': None,
     'json:{"driver":"raw","offset":"x","file.filename":"/x"}': "raw",
+    'json:{"driver":"qed","file":{"driver":"blkdebug","image":{"driver":"file","filename":"x"}}}': "qed",
+    "json:{'driver':'qed','file.filename':'x','y':'z'}": "qed",
 }
 
 
 NO_NAMES = (
     "json:{",
-    'json:{"driver": "qed"}',
-    "json:{'driver':'qed','file.filename':'x','y':'z'}",
     "json:" + "[" * 99999,
     r'json:{"driver":"raw","file.filename":"/x\u0000y"}',
     r'json:{"driver":"raw","file.filename":"/x\ud800"}',

@@ -14,6 +14,7 @@ from support.patterns import KiB, MiB, assert_same, stamp
 from support.qed_image import F_NEED_CHECK, Built, QedFile
 
 import qedcore
+from qedcore.backing.policy import BackingPolicy
 from qedcore.errors import QEDError, StorageError, UnsupportedError
 from qedcore.storage import Storage
 from qedcore.storage.cache_mode import CacheMode
@@ -34,6 +35,13 @@ def raw(path: Path, size: int = MiB, start: bytes = b"") -> Path:
 def test_top_image_is_not_probed(tmp_path: Path) -> None:
     with pytest.raises(QEDError, match="not in QED format"):
         qedcore.open_image(raw(tmp_path / "x.raw"))
+
+
+def test_an_image_that_only_qemu_reaches(image: Image) -> None:
+    """What qemu-nbd makes of such a name is guest data, which is not to be taken for an image."""
+    name = "json:{'driver':'qed','file':{'driver':'blkdebug','image':{'driver':'file','filename':'x'}}}"
+    with pytest.raises(UnsupportedError, match="only QEMU can open it"):
+        qedcore.open_image(image(layout="-", backing=name).path, policy=BackingPolicy("any"))
 
 
 def test_layers(image: Image, tmp_path: Path) -> None:
