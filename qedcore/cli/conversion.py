@@ -45,6 +45,11 @@ def sparse_size(text: str) -> int:
     return size
 
 
+def fixed_kind(where: Location) -> str:
+    """What QEMU calls a target that has the size it has, in its messages."""
+    return "device files" if where.uri is None else "NBD nodes"
+
+
 @contextmanager
 def new_target(
     prefix: str, where: Location, format: str, size: int, options: Options, cache: str | None
@@ -55,10 +60,10 @@ def new_target(
     """
     if where.path is None or is_device(where.path):
         if format != "raw":
-            raise RequestError(f"{prefix}: Cannot resize device files")
+            raise RequestError(f"{prefix}: Cannot resize {fixed_kind(where)}")
         with open_end_point(where._replace(format="raw"), True, cache=cache) as image:
             if image.size < size:
-                raise RequestError(f"{prefix}: Cannot grow device files")
+                raise RequestError(f"{prefix}: Cannot grow {fixed_kind(where)}")
             yield image, False
             image.flush()
         return

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from ...backing.names import resolve
 from ...engine.image import QEDImage
 from ...errors import RequestError, StorageError, UnsupportedError
-from ..conversion import convert, sparse_size
+from ..conversion import convert, fixed_kind, sparse_size
 from ..creation import SAME_FILE, Options, is_device, locate_new, new_file, plan_image, print_options
 from ..locate import Location, find_format, is_ours, locate
 from ..messages import PROGRAM
@@ -234,7 +234,7 @@ def from_foreign(args: argparse.Namespace, source: Location, format: str, target
     if not image.backing_name:
         options.append("--target-is-zero")
     if target.path is None or is_device(target.path):
-        raise RequestError(f"{name}: Cannot resize device files")
+        raise RequestError(f"{name}: Cannot resize {fixed_kind(target)}")
     with new_file(name, target, cache=args.cache) as place:
         image.write(place)
         must_succeed(serve(place, ["convert", *options, source.name, URI], what, args, writable=True))
