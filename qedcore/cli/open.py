@@ -36,11 +36,18 @@ def trace(text: str) -> None:
 
 
 def open_qed(
-    where: Location, writable: bool = False, *, cache: str | None = None, force_share: bool = False, **options: Any
+    where: Location,
+    writable: bool = False,
+    *,
+    cache: str | None = None,
+    force_share: bool = False,
+    advise: bool = True,
+    **options: Any,
 ) -> QEDImage:
     """Open a QED image and its backing files; `options` go to chain.open_image.
 
-    Raises QEDError with qemu-img's message: Could not open 'NAME': ...
+    Raises QEDError with qemu-img's message: Could not open 'NAME': ...; with `advise` a second line may tell what to
+    do.
     """
     if where.place is None:
         raise UnsupportedError(
@@ -69,7 +76,9 @@ def open_qed(
         reason = open_reason(error, opened[-1] if opened else where.place)
         if len(opened) > 1:
             reason = f"Could not open backing file: {reason}"
-        elif isinstance(error, ImageFormatError) and not isinstance(error, NotQEDError) and PROGRAM == "qed":
+        elif (
+            advise and isinstance(error, ImageFormatError) and not isinstance(error, NotQEDError) and PROGRAM == "qed"
+        ):
             reason += "\nqed: 'qed check -r all' repairs what it can; 'qed salvage' rescues what is left"
         raise RequestError(f"Could not open '{where.name}': {reason}") from error
 

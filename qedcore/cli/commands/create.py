@@ -57,7 +57,7 @@ def backing_size(backing: str, format: str, overlay: str) -> int:
             return _size_by_qemu_img(backing, format)
         path = where
         if format == "qed":
-            with open_qed(Location(path, path, "qed"), force_share=True) as image:
+            with open_qed(Location(path, path, "qed"), force_share=True, advise=False) as image:
                 return image.size
         if format == "raw":
             storage = FileStorage(path, writable=False)
