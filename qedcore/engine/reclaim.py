@@ -148,11 +148,11 @@ class Reclaimer:
             oldest = self._in_flight.oldest()
             ready = [unlinked for unlinked in self._unlinked if unlinked.epoch <= oldest]
             self._unlinked = [unlinked for unlinked in self._unlinked if unlinked.epoch > oldest]
-        joined = _joined([unlinked.extent for unlinked in ready], self._geometry.cluster_size)
-        punched = [(extent, self._punch(extent.offset, extent.n)) for extent in joined]
         try:
+            joined = _joined([unlinked.extent for unlinked in ready], self._geometry.cluster_size)
+            punched = [(extent, self._punch(extent.offset, extent.n)) for extent in joined]
             self._storage.flush()  # if it fails, nothing is ever certain again: these are never used
-        except UnreachableError:  # but for this: nothing is lost, and the next flush may succeed
+        except (UnreachableError, MemoryError):  # but for these: nothing is lost, and the next flush may succeed
             with self._lock:
                 self._unlinked[:0] = ready
             raise

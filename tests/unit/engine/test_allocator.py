@@ -278,17 +278,20 @@ def test_nothing_is_reused_after_a_failed_flush() -> None:
         reclaimer.flush()
 
 
-def test_freed_clusters_wait_for_a_server_that_is_away() -> None:
+@pytest.mark.parametrize(
+    ("failing", "error"), [("flush", UnreachableError("away")), ("flush", MemoryError()), ("punch", MemoryError())]
+)
+def test_freed_clusters_wait_for_a_server_or_memory(failing: str, error: Exception) -> None:
     """Nothing was lost then: the next flush makes them free."""
-    away = [UnreachableError("away")]
+    away = [error]
 
     def hook(call: Call) -> None:
-        if call.name == "flush" and away:
+        if call.name == failing and away:
             raise away.pop()
 
     tap, target, reclaimer, extent = filled(3, hook=hook)
     reclaimer.free(extent)
-    with pytest.raises(UnreachableError):
+    with pytest.raises(type(error)):
         reclaimer.flush()
     assert (reclaimer.pending, reclaimer.free_clusters) == (3, 0)
     reclaimer.flush()
