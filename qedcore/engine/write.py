@@ -152,8 +152,9 @@ class WritableRequests(Requests):
 
         Returns as write_run, and raises as lookup where it is not so.
         """
-        first, size = pos >> self._l2_shift, self._cluster_size
-        if pos & self._cluster_mask or len(view) < size:
+        first = pos >> self._l2_shift
+        head, whole = self._split(pos, min(len(view), self._cluster_size))
+        if head or not whole:
             self._clusters.lookup(pos, 1)
             return 0  # it is sound by now
         with self._gate:  # which has the entry marked, if it points past the end
@@ -162,7 +163,7 @@ class WritableRequests(Requests):
                 if not self._clusters.has_mark(pos):
                     self._clusters.lookup(pos, 1)
                     return 0
-                return size if self._allocating_write(NO_CLUSTER, view[:size], pos) else 0
+                return whole if self._allocating_write(NO_CLUSTER, view[:whole], pos) else 0
             finally:
                 self._claims.give_up(first, first + 1)
 

@@ -162,6 +162,17 @@ def test_a_cluster_that_is_lost_can_be_overwritten(tmp_path: Path, work: str, ba
     assert_sound(path)
 
 
+def test_a_last_cluster_that_is_lost_is_whole_up_to_the_end_of_the_device(tmp_path: Path) -> None:
+    path = tmp_path / "image.qed"
+    build(path, ImageSpec(size=8 * CS - 512, layout={0: "data"}, entries={7: lambda b: b.end}))
+    with qedcore.open_image(path) as image:
+        with pytest.raises(CorruptImageError):
+            image.pwrite(b"x" * (CS - 1024), 7 * CS)
+        image.pwrite(b"x" * (CS - 512), 7 * CS)
+        assert image.pread(CS - 512, 7 * CS) == b"x" * (CS - 512)
+    assert_sound(path)
+
+
 def test_tables_that_nobody_reads_are_screened_too(tmp_path: Path) -> None:
     """The place that an entry points to is taken in one session, and does not come true in the next."""
     path = tmp_path / "image.qed"
