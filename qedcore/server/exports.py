@@ -177,14 +177,15 @@ class ImageDirectory:
         replaced is another image, while clients of the old one keep that.
     I2. A path is looked at before it is opened, and what was opened is compared: what somebody puts there between
         the two is closed again, unused.
-    I3. The lock protects the dictionary only.  No export waits for another one that is being opened or closed.
+    I3. The lock protects what is known of images.  No export waits for another one that is being opened or closed.
     """
 
     def __init__(self, parameters: Parameters, directory: str) -> None:
         self._parameters = parameters
         self._directory = directory
-        self._lock = ranked_lock(Rank.CACHE)  # protects _images, and `wanted` in them
+        self._lock = ranked_lock(Rank.CACHE)  # protects both of these, and `wanted` in the images
         self._images: dict[object, _FileImage] = {}  # by identity
+        self._told: set[object] = set()  # identities of images that were closed, of which the log told `told`
 
     def prepare(self) -> None:
         self.names()
@@ -244,6 +245,7 @@ class ImageDirectory:
             image = self._images.get(identity)
             if image is None:
                 image = self._images[identity] = _FileImage(identity, path, self._open_file, self._parameters)
+                image.told = identity in self._told
             image.path = path
             image.wanted += 1
         try:
@@ -293,6 +295,8 @@ class ImageDirectory:
             image.wanted -= 1
             if not image.wanted:
                 del self._images[image.identity]
+                if image.told:
+                    self._told.add(image.identity)
 
     def close_all(self) -> None:
         """Close what is left.  The first error is raised, the others are logged."""

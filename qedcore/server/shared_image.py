@@ -105,7 +105,9 @@ class SharedImage:
         self.in_flight = InFlight()  # requests in both (I3)
         self._opener = Opener(locking)
         self._retired: QEDImage | None = None  # the read-only one (I3)
-        self._told = False  # the operator knows that the image may only be read
+        self.told = (
+            False  # the operator knows that the image may only be read; nobody else sets it once it is entered
+        )
 
     def enter(self, readonly: bool) -> None:
         """A connection begins; leave() ends it.  Raises QEDError.
@@ -134,9 +136,9 @@ class SharedImage:
                 self._opener.read_only()
             if not isinstance(error, NotWritableError):
                 raise
-            if not self._told:
+            if not self.told:
                 self._log(f"{error}: served read-only, as with -r")
-            self._told = True
+            self.told = True
             return None
 
     def _open(self, writable: bool) -> QEDImage:

@@ -13,10 +13,28 @@ import pytest
 from support.qed_image import ImageSpec, build, patch_header
 
 from qedcore.engine.image import QEDImage
-from qedcore.errors import QEDError, StorageError
+from qedcore.errors import NotWritableError, QEDError, StorageError
 from qedcore.server.exports import ImageDirectory, make_exports
 from qedcore.server.parameters import Parameters
 from unit.server.world import LIMIT, World, start
+
+
+def test_that_an_image_may_only_be_read_is_told_once(
+    world: World, directory: ImageDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each image, though it is closed between its clients."""
+    really = world.open_image
+
+    def only_read(path: str, writable: bool, opener: object, in_flight: object) -> QEDImage:
+        if writable:
+            raise NotWritableError(f"cannot open {os.path.basename(path)}", code=errno.EROFS)
+        return really(path, writable, opener, in_flight)
+
+    monkeypatch.setattr(world, "open_image", only_read)
+    for name in "abab":
+        directory.close(directory.open(name, False))
+        assert not any(world.open_now.values())
+    assert world.lines == [f"cannot open {name}: served read-only, as with -r" for name in "ab"]
 
 
 @pytest.mark.parametrize("where", ["open_fails", "timer_fails"])
