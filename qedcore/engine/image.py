@@ -206,10 +206,14 @@ class QEDImage:
         self._reclaimer.adopt(use)
 
     def _count_in_background(self, census: Census) -> None:
+        why = "the count ended early"
         try:
             self._count(census)
         except (QEDError, MemoryError) as error:
-            self._reclaimer.give_up(str(error) or "out of memory")
+            why = str(error) or "out of memory"
+        finally:
+            if not self._reclaimer.decided:  # whatever has happened: somebody may wait for it
+                self._reclaimer.give_up(why)
 
     def metadata(self) -> Metadata:
         """What maintenance changes, to look at it first."""
