@@ -11,12 +11,12 @@ from ..backing.foreign import open_foreign
 from ..engine.cluster_map import FOUND, NO_CLUSTER, ZERO, Kind
 from ..engine.raw import RawImage
 from ..engine.source import Source
-from ..errors import UnsupportedError
 from ..storage import Storage
 from ..storage.cache_mode import cache_mode
 from ..storage.qemu_nbd import open_by_qemu
 from .creation import new_file
 from .locate import Location
+from .messages import not_local
 from .qemu_img import answer, must_succeed, needed, option_words, run_signed, virtual_size
 
 
@@ -54,7 +54,7 @@ def _kind(row: dict[str, object]) -> Kind:
 def open_foreign_image(where: Location, format: str, cache: str | None, force_share: bool) -> ForeignImage:
     """Raises RequestError, UnsupportedError and StorageError."""
     if where.path is None:
-        raise UnsupportedError(f"Could not open '{where.name}': not a local file")
+        raise not_local(where.name)
     what = f"converting {where.name} ({format})"
     words = [*option_words(f=format, U=force_share), "--", where.path]
     rows = answer("map", words, what)

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable
 
-from ..errors import QEDError
+from ..errors import QEDError, UnsupportedError
 
 # Under the name of the program that it stands in for, it also signs its messages as that one.
 PROGRAM = "qemu-img" if os.path.basename(sys.argv[0]) == "qemu-img" else "qed"
@@ -32,6 +32,11 @@ def open_reason(error: QEDError, path: str = "") -> str:
         if match is not None:
             return match.expand(words)
     return text
+
+
+def not_local(name: str) -> UnsupportedError:
+    """For what only works on files here: `name` is on a server, or only QEMU reaches it."""
+    return UnsupportedError(f"Could not open '{name}': not a local file: serve it with nbdkit, or copy it here")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

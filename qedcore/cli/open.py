@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..backing.policy import BackingPolicy
-from ..errors import ImageFormatError, NotQEDError, QEDError, RequestError, StorageError, UnsupportedError
+from ..errors import ImageFormatError, NotQEDError, QEDError, RequestError, StorageError
 from ..format.header import read_header
 from ..storage import Storage
 from ..storage.cache_mode import CacheMode, cache_mode
@@ -15,7 +15,7 @@ from ..storage.file_lock import Locking
 from ..storage.open import is_uri, open_storage
 from ..storage.open import open_file as open_local
 from .locate import Location, find_format
-from .messages import PROGRAM, notice, open_reason
+from .messages import PROGRAM, not_local, notice, open_reason
 
 if TYPE_CHECKING:
     from ..engine.image import QEDImage
@@ -50,9 +50,7 @@ def open_qed(
     do.
     """
     if where.place is None:
-        raise UnsupportedError(
-            f"Could not open '{where.name}': not a local file: serve it with nbdkit, or copy it here"
-        )
+        raise not_local(where.name)
     from ..library import open_image  # here and below, because not all commands should wait for these
 
     options = {"log": notice, "policy": POLICY, **_tracing, **options}

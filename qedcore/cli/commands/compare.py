@@ -11,6 +11,7 @@ from ...format.geometry import SECTOR
 from ...units import KiB
 from ..images import EndPoint, Run, block_status, first_nonzero
 from ..locate import Location, find_format, is_ours, locate
+from ..messages import not_local
 from ..nbdkit import URI, serve
 from ..open import open_end_point
 from ..options import add_shared, check_cache
@@ -197,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
     words = ["compare", *option_words(f="raw", F=places[other].format, q=args.quiet)]
     place = places[served].place
     if place is None:
-        raise CompareError(f"Could not open '{places[served].name}': not a local file", 2)
+        raise CompareError(str(not_local(places[served].name)), 2)
     return serve(
         place,
         [*words, URI, places[other].name],

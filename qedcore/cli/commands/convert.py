@@ -12,7 +12,7 @@ from ...errors import RequestError, StorageError, UnsupportedError
 from ..conversion import convert, fixed_kind, sparse_size
 from ..creation import SAME_FILE, Options, is_device, locate_new, new_file, plan_image, print_options
 from ..locate import Location, find_format, is_ours, locate
-from ..messages import PROGRAM
+from ..messages import PROGRAM, not_local
 from ..nbdkit import URI, serve
 from ..open import open_end_point
 from ..options import add_shared, check_cache
@@ -225,7 +225,7 @@ def from_foreign(args: argparse.Namespace, source: Location, format: str, target
     if args.existing:
         options += ["--target-is-zero"] if args.target_is_zero else []
         if target.place is None:
-            raise UnsupportedError(f"Could not open '{target.name}': not a local file")
+            raise not_local(target.name)
         must_succeed(serve(target.place, ["convert", *options, source.name, URI], what, args, writable=True))
         return
     name = f"{target.name}: error while converting qed"

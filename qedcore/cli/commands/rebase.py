@@ -12,7 +12,7 @@ from ...maintenance.rebase import LoopError, change_name, open_base, rebase
 from ...storage.file_lock import LockedError
 from ...storage.open import open_file
 from ..locate import Location, backing_path, find_format, locate
-from ..messages import notice, open_reason
+from ..messages import not_local, notice, open_reason
 from ..open import POLICY, open_qed
 from ..options import add_shared, check_cache, only_image
 from ..progress import Progress
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _rename(args: argparse.Namespace, where: Location) -> None:
     if where.path is None:
-        raise UnsupportedError(f"Could not open '{where.name}': not a local file")
+        raise not_local(where.name)
     open_qed(where, follow=False, force_share=True).close()  # for its messages
     if args.backing and not args.backing_format:
         raise _cannot_change(args.backing, RequestError("backing format must be specified"))
