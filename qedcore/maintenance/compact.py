@@ -205,6 +205,31 @@ class Arrangement:
             last = data[-self._window :]
             del data[-self._window :]
             self._mover.move([Move(unit, slot, next(holes)) for slot, unit in last])
+        if left and not stop():
+            self._slide(stop)
+
+    def _slide(self, stop: Callable[[], bool]) -> None:
+        """Fill holes that are too small for a table: with the last data, then by moving down the tables above."""
+        layout, n = self._layout, self._metadata.geometry.table_size
+        used = list(layout.units.items(layout.first))
+        data = [(slot, unit) for slot, unit in used if not is_table(unit)]
+        holes = [slot for start, length in layout.free_runs() for slot in range(start, start + length)]
+        moves = [Move(unit, slot, hole) for hole, (slot, unit) in zip(holes, reversed(data)) if hole < slot]
+        while moves and not stop():
+            self._mover.move(moves[: self._window])
+            del moves[: self._window]
+        tables = {unit: slot for slot, unit in reversed(used) if is_table(unit)}  # their first slots, from the end on
+        for unit, slot in reversed(list(tables.items())):
+            target = slot
+            while target > layout.first and self._units[target - 1] == FREE:
+                target -= 1
+            if target == slot or stop():
+                continue
+            if slot - target < n:  # its old place and its new one overlap: it goes past the end of the file first
+                between = self._free_run(n)
+                self._mover.move([Move(unit, slot, between)])
+                slot = between
+            self._mover.move([Move(unit, slot, target)])
 
     def _shift_table(self, unit: int, slot: int) -> bool:
         """Move a table at the end of a dense file down, so that it ends there: False if other tables prevent it.

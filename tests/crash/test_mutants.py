@@ -79,7 +79,7 @@ def dangling_entries_come_true(patch: pytest.MonkeyPatch) -> None:
 def dangling_entries_of_large_images_come_true(patch: pytest.MonkeyPatch) -> None:
     """Of those that have more clusters than the map."""
     screen = Census.screen
-    patch.setattr(Census, "screen", lambda census: census._countable and screen(census))
+    patch.setattr(Census, "screen", lambda census, again=False: census._countable and screen(census, again))
 
 
 def marks_are_written_to_what_is_no_table(patch: pytest.MonkeyPatch) -> None:

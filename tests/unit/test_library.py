@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.qed_image import Built, assert_sound
 
 import qedcore
+from qedcore.engine import chain
 from qedcore.errors import QEDError, StorageError
 from qedcore.storage import Storage
 from qedcore.storage.cache_mode import CacheMode
@@ -91,3 +93,27 @@ def test_ctrl_c_while_tidying(image: Image) -> None:
     with qedcore.open_image(built.path) as img:
         assert img.pread(img.size, 0) == want
     assert_sound(built.path)
+
+
+@pytest.mark.parametrize("holes", [1, 2, 3])
+def test_close_moves_tables_that_leave_no_room_for_each_other(image: Image, tmp_path: Path, holes: int) -> None:
+    """Tables of four clusters in a row at the end of the file, and fewer clusters than that before them."""
+    cs, reach = 4096, 2048 * 4096
+    with (tmp_path / "base").open("wb") as base:
+        base.truncate(10 * reach)
+    built = image(cluster_size=cs, table_size=4, size=10 * reach, backing="base", features=4)
+    with chain.open_image(built.path) as img:
+        img.pwrite(b"d" * cs, 0)
+        for cluster in range(1, 4):
+            img.pwrite(b"e" * cs, cluster * cs)
+        for table in range(1, 4):
+            img.zero(table * reach, cs)
+        img.trim(cs, holes * cs)
+        img.flush()
+        want = img.pread(4 * reach, 0)
+    assert_sound(built.path, leaks=holes)
+    with qedcore.open_image(built.path):
+        pass
+    assert_sound(built.path)
+    with qedcore.open_image(built.path, writable=False) as img:
+        assert img.pread(4 * reach, 0) == want
